@@ -1,0 +1,176 @@
+"""Attention over a ragged batch, and the importance it gives away.
+
+`attend` lets every token attend to the tokens of its own image: one fused call where all images have the same number,
+packed back ends where they do not, equal to one another. A token of size s weighs s * exp(q . k): `log(size)` is added to
+the logits, `-inf` at size 0, so merging and masking are one rule and the fused kernel stays.
+
+`class_row` and `column_mean` say how much attention each patch received. The class row is one more query row beside the
+fused kernel; the column mean needs all N x N weights and is the dearer alternative.
+
+Read next: `selection`, which turns importance into kept tokens.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from iret.tokens import Tokens, pad_index
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tokens | None], Tensor]
+
+
+def attend(
+    q: Float[Tensor, "*tokens H E"],
+    k: Float[Tensor, "*tokens H E"],
+    v: Float[Tensor, "*tokens H E"],
+    tokens: Tokens | None = None,
+) -> Float[Tensor, "*tokens H E"]:
+    """Softmax attention within each image, for packed [T, H, E] with `tokens`, or dense [B, N, H, E] without."""
+    if tokens is None:
+        return _fused(q, k, v, None)
+    bias_T = None if tokens.size_T is None else tokens.size_T.log().to(q.dtype)
+    if tokens.is_even:
+        q, k, v = (x.unflatten(0, (tokens.batch_size, -1)) for x in (q, k, v))
+        bias = None if bias_T is None else bias_T.view(tokens.batch_size, 1, 1, -1)
+        return _fused(q, k, v, bias).flatten(0, 1)
+    return torch.ops.iret.attend(q, k, v, tokens.starts, bias_T)
+
+
+ATTENTIONS: dict[str, AttentionFunction] = {"softmax": attend}
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Dense [B, N, H, E] through the fused kernel; `bias` [B, 1, 1, N] is added to the logits."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
+        # The fused kernel's backward on CPU is several times slower in bf16 than in fp32.
+        with torch.autocast("cpu", enabled=False):
+            bias = None if bias is None else bias.float()
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=bias).to(q.dtype)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return out.transpose(1, 2)
+
+
+# ---- the packed back ends, behind one custom operator: to the compiler a graph does not depend on the counts
+
+
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None) -> Tensor:
+    """Every image padded to the longest, with a key mask: the reference, and the back end of accelerators."""
+    index, is_live = pad_index(starts, int(starts.diff().max()))
+    mask = torch.zeros(is_live.shape, dtype=q.dtype, device=q.device).masked_fill(~is_live, float("-inf"))
+    if bias_T is not None:
+        mask = mask + bias_T[index]
+    out = _fused(q[index], k[index], v[index], mask[:, None, None, :])
+    return out[is_live]
+
+
+def _attend_each(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None) -> Tensor:
+    """One fused call an image: nothing is padded. The fastest on CPU, where a call is cheap beside its work."""
+    out = torch.empty_like(q)
+    ends = starts.tolist()
+    for start, end in pairwise(ends):
+        if end > start:
+            here = slice(start, end)
+            bias = None if bias_T is None else bias_T[None, None, None, here]
+            out[here] = _fused(q[None, here], k[None, here], v[None, here], bias)[0]
+    return out
+
+
+@torch.library.custom_op("iret::attend", mutates_args=())
+def _attend_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None) -> Tensor:
+    backend = _attend_each if q.device.type == "cpu" else _attend_padded
+    return backend(q.contiguous(), k, v, starts, bias_T).contiguous()
+
+
+@_attend_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("iret::attend_backward", mutates_args=())
+def _attend_backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    index, is_live = pad_index(starts, int(starts.diff().max()))
+    q, k, v, grad = ((x[index] * is_live[..., None, None]).transpose(1, 2) for x in (q, k, v, grad))  # [B, H, N, E]
+    scale = q.shape[-1] ** -0.5
+    mask = torch.zeros(is_live.shape, device=q.device).masked_fill(~is_live, float("-inf"))
+    if bias_T is not None:
+        mask = mask + bias_T[index]
+    weights = ((q * scale) @ k.mT + mask[:, None, None]).softmax(-1).to(q.dtype)
+    grad_weights = grad @ v.mT
+    grad_logits = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True))
+    grad_q, grad_k, grad_v = grad_logits @ k * scale, grad_logits.mT @ q * scale, weights.mT @ grad
+    return grad_q.transpose(1, 2)[is_live], grad_k.transpose(1, 2)[is_live], grad_v.transpose(1, 2)[is_live]
+
+
+@_attend_backward_op.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _backward(ctx, grad: Tensor):
+    return *torch.ops.iret.attend_backward(grad, *ctx.saved_tensors, ctx.bias_T), None, None
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *saved, ctx.bias_T = inputs
+    ctx.save_for_backward(*saved)
+
+
+_attend_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---- importance
+
+
+def class_row(q: Float[Tensor, "T H E"], k: Float[Tensor, "T H E"], tokens: Tokens) -> Float[Tensor, " T"]:
+    """Attention of each image's class token over its patches: mean over heads, sums to 1 an image, 0 at class tokens."""
+    return _over_patches(q[tokens.starts[:-1]].unsqueeze(1), k, tokens)
+
+
+def column_mean(q: Float[Tensor, "T H E"], k: Float[Tensor, "T H E"], tokens: Tokens) -> Float[Tensor, " T"]:
+    """Attention over an image's patches from all its tokens: mean over heads and queries, normalised as `class_row`."""
+    index, is_live = _places(tokens)
+    if tokens.size_T is not None:
+        is_live = is_live & (tokens.size_T > 0)[index]
+    return _over_patches(q[index], k, tokens, is_live)
+
+
+def _places(tokens: Tokens) -> tuple[Int[Tensor, "B N"], Tensor]:
+    count = tokens.cell_T.shape[0] // tokens.batch_size if tokens.is_even else int(tokens.starts.diff().max())
+    return pad_index(tokens.starts, count)
+
+
+def _over_patches(q_BQHE: Tensor, k: Tensor, tokens: Tokens, query_is_live: Tensor | None = None) -> Tensor:
+    """Softmax of the given queries over the patches of their image, mean over heads and (live) queries, packed."""
+    batch, scale = tokens.batch_size, q_BQHE.shape[-1] ** -0.5
+    if tokens.is_even:
+        k_BNHE, is_live = k.unflatten(0, (batch, -1))[:, 1:], None
+    else:
+        index, is_live = _places(tokens)
+        k_BNHE, is_live = k[index][:, 1:], is_live[:, 1:]
+    logits = (q_BQHE * scale).transpose(1, 2) @ k_BNHE.permute(0, 2, 3, 1)  # [B, H, Q, N]
+    if tokens.size_T is not None:
+        size = tokens.size_T.view(batch, -1) if is_live is None else tokens.size_T[index]
+        logits = logits + size[:, None, None, 1:].log()
+    if is_live is not None:
+        logits = logits.masked_fill(~is_live[:, None, None], float("-inf"))
+    weights = logits.float().softmax(-1).mean(1)
+    if query_is_live is None:
+        weights = weights.mean(1)
+    else:
+        alive = query_is_live[..., None].float()
+        weights = (weights * alive).sum(1) / alive.sum(1)
+    weights = F.pad(weights, (1, 0))
+    return weights.flatten() if is_live is None else weights[pad_index(tokens.starts, weights.shape[1])[1]]
+
+
+IMPORTANCE_FUNCTIONS = {"cls": class_row, "column": column_mean}

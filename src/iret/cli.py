@@ -1,0 +1,360 @@
+"""The `iret` command: parses, calls one function, prints.
+
+Tables go to stderr; with `--json` one JSON object goes to stdout and nothing else. A user's mistake is one sentence and exit
+status 2. Nothing heavy is imported before a verb needs it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+DEFAULT_MODEL = "iret_pico-cifar10"
+BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.verb(args)
+    except KeyboardInterrupt:
+        return _fail("stopped.", 130)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "iret":
+            raise
+        return _fail(f"this needs {error.name}, which is not installed; pip install 'iret[torch]'.")
+    except (ValueError, ImportError, OSError) as error:
+        return _fail(str(error))
+
+
+def _fail(sentence: str, status: int = 2) -> int:
+    print(f"iret: {' '.join(sentence.split())}", file=sys.stderr)
+    return status
+
+
+def say(text: str = "") -> None:
+    print(text, file=sys.stderr)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain aligned table on stderr; the first column is left-aligned."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    for row in [columns, *rows]:
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        say("  ".join(cells).rstrip())
+
+
+# ---- verbs
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from iret.draw import draw_focus, stack
+    from iret.predict import predict, read_thresholds
+    from iret.runtime.preprocess import open_image
+    from iret.zoo import load
+
+    model = load(args.model).to(args.device)
+    if args.threshold is not None:
+        thresholds = read_thresholds(args.threshold)
+    else:
+        thresholds = model.thresholds(1.0 if args.budget is None else args.budget)
+    predictions, pictures = [], []
+    for path in args.images:
+        photo = open_image(path)
+        prediction, trace = predict(
+            model, photo, thresholds=thresholds, exit_confidence=args.exit_confidence, name=path
+        )
+        predictions.append(prediction)
+        if args.show:
+            pictures.append(
+                draw_focus(model, photo, trace, f"{path}: {prediction.label}, {prediction.macs_share:.0%} MACs")
+            )
+    if args.show:
+        stack(pictures).save(args.show)
+    if args.json:
+        print(json.dumps({"model": args.model, "predictions": [asdict(p) for p in predictions]}))
+        return 0
+    print_table(
+        ("image", "label", "confidence", "patches a stage", "MMACs", "of full", "ms"),
+        [
+            (
+                p.image,
+                p.label,
+                f"{p.confidence:.1%}",
+                "/".join(map(str, p.kept)),
+                f"{p.macs / 1e6:.1f}",
+                f"{p.macs_share:.0%}",
+                f"{p.time_s * 1e3:.1f}",
+            )
+            for p in predictions
+        ],
+    )
+    if args.show:
+        say(f"drawn: {args.show}")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from iret.train.loop import RunOptions, train
+    from iret.train.recipe import find_recipe
+
+    recipe = find_recipe(args.recipe or ("fine_tune" if args.init else "images_tiny"))
+    out = Path(args.out or f"out/{recipe.name}")
+    options = RunOptions(
+        data=args.data,
+        out=out,
+        seed=args.seed,
+        device=args.device,
+        steps=args.steps,
+        resume=args.resume,
+        init=args.init,
+        img_size=tuple(args.img_size) if args.img_size else None,
+        workers=args.workers,
+        on_corrupt=args.on_corrupt,
+        label_column=args.label_column,
+        checkpoint_minutes=args.checkpoint_minutes,
+        stop_after_minutes=args.stop_after,
+    )
+    again = f"iret train --recipe {recipe.name} --data {args.data} --out {out} --resume"
+    try:
+        report = train(recipe, options)
+    except KeyboardInterrupt:
+        return _fail(f"stopped and saved; go on with: {again}", 130)
+    if report.skipped:
+        say(f"{report.skipped} corrupt images were skipped; --on-corrupt stop names the first.")
+    if not report.is_finished:
+        say(f"step {report.step} of {report.num_steps} saved; go on with: {again}")
+        return 0
+    say(f"trained {report.num_steps} steps in {report.time_s / 60:.1f} minutes: {out}")
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from iret.evaluate import Setting, evaluate
+    from iret.predict import read_thresholds
+    from iret.runtime.cost import full_macs
+    from iret.train.data import open_data
+    from iret.zoo import load
+
+    model = load(args.model).to(args.device)
+    if args.threshold is not None:
+        names, thresholds = [" ".join(args.threshold)], [read_thresholds(args.threshold)]
+    else:
+        names = [f"budget {budget:g}" for budget in args.budgets]
+        thresholds = [model.thresholds(budget) for budget in args.budgets]
+    settings = [
+        Setting(thresholds=each, exit_confidence=args.exit_confidence, rule=args.rule, control=args.control)
+        for each in thresholds
+    ]
+    data = open_data(
+        args.data, args.split, model.preprocessing, on_corrupt=args.on_corrupt, label_column=args.label_column
+    )
+    scores = evaluate(
+        model, data, settings, batch_size=args.batch_size, max_images=args.max_images, workers=args.workers
+    )
+    if args.json:
+        print(
+            json.dumps(
+                {"model": args.model, "data": args.data, "split": args.split, "scores": [asdict(s) for s in scores]}
+            )
+        )
+        return 0
+    full = full_macs(model.shape)
+    say(f"{args.model} on {args.data} ({args.split}), {scores[0].num_images} images, {scores[0].num_skipped} skipped")
+    print_table(
+        ("setting", "top-1", "heads", "MMACs", "p95", "of full", "patches a stage", "ms an image"),
+        [
+            (
+                name,
+                f"{s.accuracy:.2%}",
+                "/".join(f"{a:.1%}" for a in s.stage_accuracy),
+                f"{s.macs_mean / 1e6:.1f}",
+                f"{s.macs_p95 / 1e6:.1f}",
+                f"{s.macs_mean / full:.1%}",
+                "/".join(f"{k:.1f}" for k in s.kept_mean),
+                f"{1e3 * s.time_s / s.num_images:.2f}",
+            )
+            for name, s in zip(names, scores, strict=True)
+        ],
+    )
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from iret.calibrate import calibrate
+    from iret.runtime.points import FILE_NAME
+    from iret.train.data import open_data
+    from iret.weights import write_atomically
+    from iret.zoo import load
+
+    model = load(args.model).to(args.device)
+    folder = Path(args.out or args.model)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a model folder to write {FILE_NAME} into; give one with --out.")
+    data = open_data(args.data, "val", model.preprocessing, label_column=args.label_column)
+    points = calibrate(model, data, data_name=Path(args.data).name, max_images=args.max_images, workers=args.workers)
+    write_atomically(folder / FILE_NAME, points.to_json().encode())
+    print_table(
+        ("thresholds", "top-1", "of full"),
+        [
+            (
+                " ".join(f"{keep:g}" if keep == refine else f"{keep:g}:{refine:g}" for keep, refine in p.thresholds),
+                f"{p.accuracy:.2%}",
+                f"{p.macs_mean / points.full_macs:.1%}",
+            )
+            for p in points.points
+        ],
+    )
+    say(f"{len(points.points)} operating points on {points.num_images} held-out images: {folder / FILE_NAME}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from iret.demo import run_demo
+
+    return run_demo(Path(args.out), say, print_table)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from iret.presets import PRESETS, list_checkpoints
+
+    if args.json:
+        print(json.dumps({"checkpoints": list_checkpoints(), "presets": list(PRESETS)}))
+        return 0
+    say("shipped checkpoints, for `iret predict --model` and `iret.load`:")
+    for name in list_checkpoints():
+        say(f"  {name}")
+    say("presets, for `iret.create_model` and recipes:")
+    for name, preset in PRESETS.items():
+        say(f"  {name:<10}  {(preset.__doc__ or '').strip()}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from iret.doctor import report
+
+    findings = report()
+    if args.json:
+        print(json.dumps(findings))
+    else:
+        _say_nested(findings)
+    return 0
+
+
+def _say_nested(value: dict, indent: str = "") -> None:
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            say(f"{indent}{key}:")
+            _say_nested(entry, indent + "  ")
+        else:
+            say(f"{indent}{key}: {entry}")
+
+
+# ---- arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from iret import __version__
+
+    parser = argparse.ArgumentParser(prog="iret", description="A vision transformer whose cost is a dial.")
+    parser.add_argument("--version", action="version", version=f"iret {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    predict = _verb(verbs, "predict", _predict, "label photos within a budget")
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="path of a photo")
+    predict.add_argument("--model", default=DEFAULT_MODEL, help="shipped name, folder or hub id (default %(default)s)")
+    dial = predict.add_mutually_exclusive_group()
+    dial.add_argument("--budget", type=float, help="share of the full model's MACs, in (0, 1]")
+    _add_threshold(dial)
+    _add_exit(predict)
+    predict.add_argument("--show", metavar="PNG", help="draw what was looked at")
+    _add_common(predict)
+
+    train = _verb(verbs, "train", _train, "train or fine-tune a model")
+    train.add_argument(
+        "--data", required=True, help="image folder, parquet file or folder, hub id, or cluttered-digits"
+    )
+    train.add_argument("--recipe", help="named recipe (default: images_tiny, or fine_tune with --init)")
+    train.add_argument("--out", help="run folder (default out/RECIPE)")
+    train.add_argument("--init", metavar="MODEL", help="start from this model; classes and size may differ")
+    train.add_argument(
+        "--img-size", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="pixels, instead of the model's"
+    )
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--steps", type=int, help="length of the run, instead of the recipe's epochs")
+    train.add_argument("--stop-after", type=float, metavar="MINUTES", help="end this leg early; go on with --resume")
+    train.add_argument("--checkpoint-minutes", type=float, default=5.0, help="save at least this often (default 5)")
+    _add_data(train)
+    _add_common(train, "auto")
+
+    evaluate = _verb(verbs, "eval", _eval, "accuracy and cost on labelled images")
+    evaluate.add_argument("model", help="shipped name, folder or hub id")
+    evaluate.add_argument("--data", required=True, help="as for train")
+    evaluate.add_argument("--split", choices=("train", "val", "test"), default="test")
+    dial = evaluate.add_mutually_exclusive_group()
+    dial.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="default: %(default)s")
+    _add_threshold(dial)
+    _add_exit(evaluate)
+    evaluate.add_argument("--rule", default="threshold", help="keep rule: threshold, mass or topk")
+    evaluate.add_argument("--control", default="attention", help="choose by attention, random or inverse")
+    evaluate.add_argument("--batch-size", type=int, default=100)
+    evaluate.add_argument("--max-images", type=int)
+    _add_data(evaluate)
+    _add_common(evaluate)
+
+    calibrate = _verb(verbs, "calibrate", _calibrate, "measure the operating points that --budget needs")
+    calibrate.add_argument("model", help="model folder")
+    calibrate.add_argument("--data", required=True, help="as for train; its held-out images are used")
+    calibrate.add_argument("--out", help="folder to write to (default: the model's)")
+    calibrate.add_argument("--max-images", type=int)
+    _add_data(calibrate)
+    _add_common(calibrate)
+
+    demo = _verb(verbs, "demo", _demo, "shipped models on embedded images at five budgets")
+    demo.add_argument("--out", default="demo", help="folder for the pictures (default demo)")
+    _verb(verbs, "list", _list, "shipped checkpoints and presets").add_argument("--json", action="store_true")
+    _verb(verbs, "doctor", _doctor, "versions, devices, what is missing").add_argument("--json", action="store_true")
+    return parser
+
+
+def _verb(verbs, name: str, function: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(verb=function)
+    return parser
+
+
+def _add_threshold(parser) -> None:
+    parser.add_argument(
+        "--threshold",
+        nargs="+",
+        metavar="T",
+        help="times uniform attention: one for all transitions, or one each, as keep or keep:refine",
+    )
+
+
+def _add_exit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--exit-confidence", type=float, help="answer at the first stage this sure, in [0, 1]")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument(
+        "--on-corrupt", choices=("skip", "stop"), default="skip", help="what to do with unreadable images"
+    )
+    parser.add_argument("--label-column", help="column of the labels, if it has an unusual name")
+
+
+def _add_common(parser: argparse.ArgumentParser, device: str = "cpu") -> None:
+    parser.add_argument("--device", default=device, help="cpu, cuda or mps (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,363 @@
+"""Iret: look coarsely everywhere, let attention choose where to look again, sample detail only there, drop the rest.
+
+    image -> patches -> update steps (lifting) -> coarse band of every patch
+      stage 1  blocks on all patches, thin tokens; the class token's attention says what matters   -> head 1
+      transition: drop below the keep threshold, widen the rest, add details above the refine threshold
+      stage 2  wider blocks on fewer tokens                                                        -> head 2
+      ...      until the last stage                                                                -> head S
+
+One trained model serves every threshold; at threshold 0 nothing is dropped. Reads top to bottom; what a keep rule does
+is in `selection`, what it costs in `runtime.cost`.
+
+Source: "Incremental Resolution Enhancing Transformer" (IRET), GLSVLSI 2024, pp. 620-625, abstract. Widths, depths, the
+form of the transition, the accumulation of attention and the auxiliary heads are ours (the full text was not available);
+early exit is the journal version's anytime prediction.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iret.attention import ATTENTIONS
+from iret.lifting import Lifting, lifting_penalty
+from iret.output import Output, Record
+from iret.runtime.cost import Shape
+from iret.runtime.keep import read_strengths
+from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, check_budget
+from iret.runtime.preprocess import Preprocess
+from iret.selection import Choice, accumulate, choose, replace_importance, select, take_images, to_importance
+from iret.tokens import Tokens, pack
+from iret.vit import NORM_EPS, Block, init_linear
+from iret.weights import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    load_exactly,
+    read_config,
+    read_weights,
+    write_atomically,
+    write_weights,
+)
+
+FORMAT = 1
+
+
+class Stage(nn.Module):
+    """Blocks of one width, with the head that can answer after them."""
+
+    def __init__(self, shape: Shape, index: int, attention: str, drop_path_rates: list[float]) -> None:
+        super().__init__()
+        dim = shape.embed_dims[index]
+        self.importance = shape.importance
+        self.num_scored = min(shape.scored_blocks, shape.depths[index]) if shape.importance == "cls" else 1
+        self.blocks = nn.ModuleList(
+            Block(dim, dim // shape.head_dim, shape.mlp_ratio, rate, ATTENTIONS[attention]) for rate in drop_path_rates
+        )
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.head = nn.Linear(dim, shape.num_classes) if shape.num_classes else nn.Identity()
+
+    def forward(self, tokens: Tokens, is_scored: bool) -> tuple[Tokens, Float[Tensor, " T"] | None]:
+        """The tokens after all blocks and, if scored, the attention each patch received in the last of them."""
+        x, received = tokens.x_TD, None
+        for place, block in enumerate(self.blocks, start=1):
+            scores = is_scored and place > len(self.blocks) - self.num_scored
+            x, evidence = block(x, tokens, self.importance if scores else None)
+            if evidence is not None:
+                received = accumulate(received, evidence.importance_T)
+        return tokens.with_x(x), received
+
+    def answer(self, tokens: Tokens) -> Float[Tensor, "B classes"]:
+        return self.head(self.norm(tokens.x_TD[tokens.starts[:-1]]))
+
+
+class Transition(nn.Module):
+    """Widens the tokens that stay and adds the details of those that are looked at again.
+
+    t <- W LN(t) + E LN(details) + position; W starts as [I; 0], so that the old channels pass and new ones are added.
+    The norm of the details has no scale or shift: an unrefined patch, all details 0, adds exactly nothing.
+    """
+
+    def __init__(self, shape: Shape, stage: int) -> None:
+        super().__init__()
+        before, dim = shape.embed_dims[stage - 1], shape.embed_dims[stage]
+        detail_size = 3 * shape.in_chans * shape.side(shape.detail_level(stage)) ** 2
+        self.norm = nn.LayerNorm(before, eps=NORM_EPS)
+        self.widen = nn.Linear(before, dim)
+        self.detail_norm = nn.LayerNorm(detail_size, elementwise_affine=False)
+        self.detail_embed = nn.Linear(detail_size, dim, bias=False)
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + shape.num_patches, dim))
+
+    def init_weights(self) -> None:
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.detail_embed.weight, std=self.detail_embed.in_features**-0.5)
+        with torch.no_grad():
+            self.widen.weight.copy_(torch.eye(*self.widen.weight.shape))
+
+    def forward(
+        self, tokens: Tokens, details: Float[Tensor, "K C 3 P P"], is_refined: Bool[Tensor, " T"] | None
+    ) -> Tokens:
+        """`details` belong to the tokens marked by `is_refined`, in their order; None: to every patch."""
+        x = self.widen(self.norm(tokens.x_TD)) + self.pos_embed[0, tokens.cell_T + 1]
+        extra = self.detail_embed(self.detail_norm(details.flatten(1))).to(x.dtype)
+        rows = (tokens.cell_T >= 0 if is_refined is None else is_refined).nonzero().squeeze(1)
+        return tokens.with_x(x.index_add(0, rows, extra))
+
+
+class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache-2.0", tags=["image-classification"]):
+    """The model. `model(images)` is a drop-in classifier; `model.run` also says what was looked at and what it cost."""
+
+    def __init__(
+        self, shape: Shape, *, attention: str = "softmax", drop_path_rate: float = 0.0, name: str = "iret"
+    ) -> None:
+        super().__init__()
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention={attention!r} is unknown; choose from {', '.join(ATTENTIONS)}.")
+        self.shape, self.attention, self.name = shape, attention, name
+        self.preprocessing = Preprocess(
+            img_size=shape.img_size, mean=(0.5,) * shape.in_chans, std=(0.5,) * shape.in_chans
+        )
+        self.labels: tuple[str, ...] | None = None
+        self.points: OperatingPoints | None = None
+        rates = torch.linspace(0, drop_path_rate, sum(shape.depths)).split(shape.depths)
+        self.lifting = Lifting(shape.lifting, shape.in_chans, shape.patch_size, shape.levels)
+        self.patch_embed = nn.Linear(shape.in_chans * shape.side(shape.levels) ** 2, shape.embed_dims[0])
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + shape.num_patches, shape.embed_dims[0]))
+        self.stages = nn.ModuleList(Stage(shape, index, attention, rate.tolist()) for index, rate in enumerate(rates))
+        self.transitions = nn.ModuleList(Transition(shape, stage) for stage in range(1, len(shape.depths)))
+        init_linear(self)
+        nn.init.trunc_normal_(self.patch_embed.weight, std=self.patch_embed.in_features**-0.5)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for transition in self.transitions:
+            transition.init_weights()
+
+    @property
+    def num_features(self) -> int:
+        return self.shape.embed_dims[-1]
+
+    @property
+    def num_classes(self) -> int:
+        return self.shape.num_classes
+
+    # ---- looking
+
+    def forward(self, images: Float[Tensor, "B C Y X"], budget: float = 1.0) -> Float[Tensor, "B classes"]:
+        """Logits of the last head; `budget` in (0, 1] is the share of the full MACs to spend in the mean.
+
+        Raises:
+            ValueError: no operating points, or a budget outside (0, 1] or below the cheapest of them.
+        """
+        if budget != 1:
+            return self.run(images, self.thresholds(budget)).logits
+        return self.stages[-1].head(self.forward_features(images)[:, 0])
+
+    def forward_features(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
+        """Normalised tokens of the last stage with nothing dropped, class token first."""
+        self._check_images(images)
+        tokens, bands = self._embed(images)
+        every = torch.arange(len(images), device=images.device)
+        for index, stage in enumerate(self.stages):
+            if index:
+                tokens = self._transit(index, tokens, bands, every, None)
+            tokens, _ = stage(tokens, is_scored=False)
+        return self.stages[-1].norm(tokens.x_TD).unflatten(0, (len(images), -1))
+
+    def run(
+        self,
+        images: Float[Tensor, "B C Y X"],
+        thresholds: object = 0.0,
+        exit_confidence: float | None = None,
+        *,
+        rule: str = "threshold",
+        control: str = "attention",
+        masked: bool = False,
+    ) -> Output:
+        """Look, choose, look again; each image on its own, whatever else is in the batch.
+
+        `thresholds`: times uniform attention; one number for all transitions, or one entry per transition, each a number
+        or (keep, refine) with refine >= keep; or a tensor [B, transitions] or [B, transitions, 2]. Other keep rules read
+        them as strengths (`iret.runtime.keep`). An image leaves after the first stage whose softmax maximum reaches
+        `exit_confidence`. `control` replaces the attention by a "random" or its "inverse", to measure what attention is
+        worth. `masked` computes dropped tokens as well but lets nobody see them: the same answer, static sizes.
+
+        Raises:
+            ValueError: images that do not fit or hold NaN, thresholds that do not fit.
+        """
+        self._check_images(images)
+        if not bool(torch.isfinite(images.sum())):
+            raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")
+        given = thresholds.detach().cpu().numpy() if isinstance(thresholds, Tensor) else thresholds
+        strengths = read_strengths(given, len(images), len(self.transitions), rule)
+        drops = bool(strengths.any())
+        strengths_BS2 = torch.from_numpy(strengths.astype(np.float32)).to(images.device)
+
+        tokens, bands = self._embed(images)
+        record = Record(self.shape, len(images), images.device)
+        alive = torch.arange(len(images), device=images.device)  # images that have not exited
+        choice = None
+        for index, stage in enumerate(self.stages):
+            is_last = index == len(self.stages) - 1
+            if index:
+                tokens = self._transit(index, tokens, bands, alive, choice)
+            tokens, received = stage(tokens, is_scored=drops and not is_last)
+            answers = stage.answer(tokens).float()
+            record.add(index, alive, choice, answers)
+            if is_last:
+                break
+            if exit_confidence is not None:
+                goes_on = answers.softmax(1).amax(1) < exit_confidence
+                if not goes_on.any():
+                    break
+                if received is not None:
+                    received = received[goes_on[tokens.image_T()]]
+                tokens, alive = take_images(tokens, goes_on), alive[goes_on]
+            if received is not None:
+                importance = replace_importance(to_importance(received, tokens, self.shape.num_patches), control)
+                choice = choose(importance, strengths_BS2[alive, index], rule, self.shape.min_keep)
+                tokens = select(tokens, choice.kept, masked)
+        return record.finish(scored=drops)
+
+    def _embed(self, images: Tensor) -> tuple[Tokens, list[Tensor]]:
+        """Stage-1 tokens from the coarse bands, and the approximations [B * cells, C, P, P] that details come from."""
+        (rows, columns), size = self.shape.grid, self.shape.patch_size
+        grid = images.unflatten(3, (columns, size)).unflatten(2, (rows, size))  # [B, C, rows, P, columns, P]
+        bands = self.lifting.approximations(grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))
+        x = self.patch_embed(bands[-1].flatten(1)).unflatten(0, (len(images), -1))
+        return pack(F.pad(x, (0, 0, 1, 0)) + self.pos_embed), bands
+
+    def _transit(
+        self,
+        stage: int,
+        tokens: Tokens,
+        bands: list[Tensor],
+        alive: Int[Tensor, " b"],
+        choice: Choice | None,
+    ) -> Tokens:
+        """Into `stage` for the images `alive`; without a `choice` every patch gets its details."""
+        level, num_cells = self.shape.detail_level(stage), self.shape.num_patches
+        finer, is_refined = bands[level - 1], None
+        if choice is not None:
+            image, cell = choice.refined.nonzero(as_tuple=True)
+            finer = finer[alive[image] * num_cells + cell]
+            is_refined = F.pad(choice.refined, (1, 0)).view(-1)[tokens.grid_index(num_cells)]
+        elif len(alive) * num_cells < len(finer):
+            finer = finer.unflatten(0, (-1, num_cells))[alive].flatten(0, 1)
+        return self.transitions[stage - 1](tokens, self.lifting.details(finer, level), is_refined)
+
+    def _check_images(self, images: Tensor) -> None:
+        wanted = (self.shape.in_chans, *self.shape.img_size)
+        if images.dim() != 4 or tuple(images.shape[1:]) != wanted or not images.is_floating_point():
+            raise ValueError(
+                f"images are {images.dtype} {tuple(images.shape)}; this model takes floating [B, "
+                f"{', '.join(map(str, wanted))}]. model.preprocess makes them from photos."
+            )
+
+    def lifting_loss(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, ""]:
+        """The lifting regulariser, mean over levels."""
+        (rows, columns), size = self.shape.grid, self.shape.patch_size
+        grid = images.unflatten(3, (columns, size)).unflatten(2, (rows, size))
+        x = grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        losses = []
+        for level in self.lifting.levels:
+            ll, details = level(x)
+            losses.append(lifting_penalty(x, ll, details))
+            x = ll
+        return torch.stack(losses).mean()
+
+    # ---- around the model
+
+    def thresholds(self, budget: float) -> tuple[tuple[float, float], ...]:
+        """(keep, refine) per transition for a budget, from this model's operating points."""
+        check_budget(budget)
+        if budget == 1:
+            return tuple((0.0, 0.0) for _ in self.transitions)
+        if self.points is None:
+            raise ValueError(
+                f"budget={budget:g} needs operating points, and this model has none yet; measure them on held-out "
+                "images with `iret calibrate MODEL --data DATA`, or give thresholds."
+            )
+        return self.points.thresholds(budget)
+
+    def preprocess(self, images: object) -> Float[Tensor, "B C Y X"]:
+        """Photos (a path, bytes, a PIL image, or a list of these) as the model takes them, on its device."""
+        return torch.from_numpy(self.preprocessing(images)).to(self.pos_embed.device)
+
+    def normalise(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
+        """Images with values in [0, 1] as the model takes them."""
+        mean, std = (
+            torch.tensor(values, device=images.device).view(-1, 1, 1)
+            for values in (self.preprocessing.mean, self.preprocessing.std)
+        )
+        return (images - mean) / std
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """New heads for `num_classes` classes in every stage (0: none, features only); labels and points are dropped."""
+        self.shape = replace(self.shape, num_classes=num_classes)
+        for stage, dim in zip(self.stages, self.shape.embed_dims, strict=True):
+            stage.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+            init_linear(stage.head)
+            stage.head.to(self.pos_embed.device)
+        self.labels, self.points = None, None
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, repo_id: str | None = None, push_to_hub: bool = False, **push_options
+    ) -> str | None:
+        """Write the model folder, atomically, and push it to the hub if asked."""
+        self._save_pretrained(Path(save_directory))
+        return self.push_to_hub(repo_id or Path(save_directory).name, **push_options) if push_to_hub else None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_weights(save_directory / WEIGHTS_NAME, self.state_dict())
+        if self.points is not None:
+            write_atomically(save_directory / POINTS_NAME, self.points.to_json().encode())
+        config = {
+            "format": FORMAT,
+            "name": self.name,
+            "shape": asdict(self.shape),
+            "attention": self.attention,
+            "preprocess": self.preprocessing.to_dict(),
+            "labels": self.labels,
+        }
+        write_atomically(save_directory / CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Iret":
+        """A saved model, in eval mode.
+
+        Raises:
+            ValueError: a file is missing, damaged, of a newer format, or does not fit the others.
+        """
+        source = folder / CONFIG_NAME
+        config = read_config(source)
+        if config.get("format") != FORMAT:
+            raise ValueError(f"{source} has format {config.get('format')!r}; this version of iret reads {FORMAT}.")
+        try:
+            shape = Shape.from_dict(config["shape"])
+            model = cls(shape, attention=config["attention"], name=config["name"])
+            model.preprocessing = Preprocess.from_dict(config["preprocess"])
+            model.labels = None if config["labels"] is None else tuple(config["labels"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{source} is not the configuration of an Iret ({error!r}).") from error
+        load_exactly(model, read_weights(folder / WEIGHTS_NAME), str(folder / WEIGHTS_NAME))
+        model.points = OperatingPoints.read(folder)
+        return model.eval()
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, cache_dir, force_download, local_files_only, token, revision, **_):
+        if Path(model_id).is_dir():
+            return cls.from_folder(Path(model_id))
+        folder = snapshot_download(
+            model_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            token=token,
+            local_files_only=local_files_only,
+            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, POINTS_NAME],
+        )
+        return cls.from_folder(Path(folder))

@@ -1,0 +1,195 @@
+"""Closed-form multiply-accumulates (MACs) of an Iret, from a frozen shape and token counts.
+
+A MAC is one multiply and one add of a matrix product or convolution, the convention of torch's `FlopCounterMode` (which
+reports twice this number) and of fvcore. Norms, softmax, GELU and sums are not counted, by them or by us. Per block of
+`n` tokens (class token included) and width `D`:  12 n D^2 + 2 n^2 D  at an MLP ratio of 4.
+
+Counts may be Python ints or integer arrays of any shape, one entry per image. Read next: `points`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LIFTINGS = ("linear", "haar", "dawn")
+IMPORTANCES = ("cls", "column")
+
+Count = Any  # int or integer array: one number per image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Everything that decides what an Iret computes; sizes in pixels, `embed_dims` and `depths` one entry per stage.
+
+    A model of S stages lifts each patch over S - 1 levels, so `patch_size` is divisible by 2^(S - 1).
+    """
+
+    img_size: tuple[int, int]
+    patch_size: int
+    in_chans: int
+    num_classes: int
+    embed_dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    head_dim: int = 32
+    mlp_ratio: int = 4
+    lifting: str = "linear"
+    importance: str = "cls"
+    scored_blocks: int = 2
+
+    def __post_init__(self) -> None:
+        rows, columns = self.img_size
+        if min(rows, columns) < self.patch_size or rows % self.patch_size or columns % self.patch_size:
+            raise ValueError(
+                f"img_size={rows}x{columns} is not a whole number of {self.patch_size} px patches; "
+                f"choose multiples of {self.patch_size}."
+            )
+        if len(self.embed_dims) != len(self.depths) or len(self.depths) < 2 or min(self.depths) < 1:
+            raise ValueError(
+                f"embed_dims={self.embed_dims} and depths={self.depths} need one entry per stage, two stages or more."
+            )
+        if self.patch_size % 2**self.levels:
+            raise ValueError(
+                f"patch_size={self.patch_size} cannot be halved {self.levels} times; {len(self.depths)} stages need "
+                f"a multiple of {2**self.levels}."
+            )
+        if any(dim % self.head_dim for dim in self.embed_dims) or list(self.embed_dims) != sorted(self.embed_dims):
+            raise ValueError(
+                f"embed_dims={self.embed_dims} must not shrink and be multiples of head_dim={self.head_dim}."
+            )
+        for value, names, what in (
+            (self.lifting, LIFTINGS, "lifting"),
+            (self.importance, IMPORTANCES, "importance"),
+        ):
+            if value not in names:
+                raise ValueError(f"{what}={value!r} is unknown; choose from {', '.join(names)}.")
+        for name in ("in_chans", "num_classes", "mlp_ratio", "scored_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "Shape":
+        """From JSON, where tuples are lists."""
+        fixed: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()
+        }
+        return cls(**fixed)
+
+    @property
+    def levels(self) -> int:
+        return len(self.depths) - 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def min_keep(self) -> int:
+        """Patches that always stay: 8 of 196, never fewer than 4."""
+        return max(4, self.num_patches // 24)
+
+    def side(self, level: int) -> int:
+        """Pixels along one side of a patch's approximation after `level` lifting levels."""
+        return self.patch_size // 2**level
+
+    def detail_level(self, stage: int) -> int:
+        """The lifting level whose details enter at `stage` (1, 2, ...): coarse ones first."""
+        return self.levels - stage + 1
+
+
+def operator_macs(shape: Shape, lines: int, length: int) -> int:
+    """One predict or update over `lines` lines of `length` positions, all channels."""
+    channels = shape.in_chans
+    if shape.lifting == "haar":
+        return 0
+    if shape.lifting == "dawn":
+        return lines * length * (4 * channels * 2 * channels + 2 * channels * channels)
+    return channels * lines * length * length
+
+
+def coarse_macs(shape: Shape) -> int:
+    """Update steps of all levels, one patch: along the width for every row, then along the height."""
+    total = 0
+    for level in range(1, shape.levels + 1):
+        half = shape.side(level)
+        total += operator_macs(shape, 2 * half, half) + operator_macs(shape, half, half)
+    return total
+
+
+def detail_macs(shape: Shape, level: int) -> int:
+    """Update and predict of one level, one patch: along the width, then along the height of both halves."""
+    half = shape.side(level)
+    return 2 * operator_macs(shape, 2 * half, half) + 4 * operator_macs(shape, half, half)
+
+
+def block_macs(shape: Shape, stage: int, tokens: Count) -> Count:
+    """One block of `stage` on `tokens` tokens, the class token included."""
+    dim = shape.embed_dims[stage]
+    return (4 + 2 * shape.mlp_ratio) * tokens * dim * dim + 2 * tokens * tokens * dim
+
+
+def scoring_macs(shape: Shape, stage: int, tokens: Count) -> Count:
+    """Reading the importance off the last blocks of `stage`."""
+    dim = shape.embed_dims[stage]
+    if shape.importance == "column":
+        return tokens * tokens * dim
+    return min(shape.scored_blocks, shape.depths[stage]) * (tokens - 1) * dim
+
+
+def embed_macs(shape: Shape) -> int:
+    """Coarse lifting and first embedding of all patches of one image."""
+    coarse_size = shape.in_chans * shape.side(shape.levels) ** 2
+    return shape.num_patches * (coarse_macs(shape) + coarse_size * shape.embed_dims[0])
+
+
+def transition_macs(shape: Shape, stage: int, kept: Count, refined: Count) -> Count:
+    """Widening `kept` patches and the class token into `stage`, adding details to `refined` of them."""
+    level = shape.detail_level(stage)
+    detail_size = 3 * shape.in_chans * shape.side(level) ** 2
+    dim = shape.embed_dims[stage]
+    widen = (kept + 1) * shape.embed_dims[stage - 1] * dim
+    return widen + refined * (detail_macs(shape, level) + detail_size * dim)
+
+
+def stage_macs(shape: Shape, stage: int, kept: Count, refined: Count, scored: bool, head: bool = True) -> Count:
+    """MACs of one stage with what leads into it; `kept` and `refined` count patches, without the class token."""
+    lead_in = embed_macs(shape) if stage == 0 else transition_macs(shape, stage, kept, refined)
+    tokens = kept + 1
+    total = lead_in + shape.depths[stage] * block_macs(shape, stage, tokens)
+    if scored:
+        total = total + scoring_macs(shape, stage, tokens)
+    if head:
+        total = total + shape.embed_dims[stage] * shape.num_classes
+    return total
+
+
+def macs(shape: Shape, kept: Count, refined: Count, *, scored: bool, stages_run: Count | None = None) -> np.ndarray:
+    """MACs of `Iret.run` per image, int64 [B].
+
+    `kept` and `refined` are [S, B] patches in each stage (`kept[0]` is all of them, `refined[0]` is not read); `scored`
+    says whether tokens were chosen; `stages_run` [B] counts the stages an image passed before it exited.
+    """
+    kept, refined = np.asarray(kept, dtype=np.int64), np.asarray(refined, dtype=np.int64)
+    num_stages = len(shape.depths)
+    run = np.full(kept.shape[1:], num_stages) if stages_run is None else np.asarray(stages_run)
+    total = np.zeros(kept.shape[1:], dtype=np.int64)
+    for stage in range(num_stages):
+        is_last = stage == num_stages - 1
+        cost = stage_macs(shape, stage, kept[stage], refined[stage], scored and not is_last)
+        total += np.where(stage < run, cost, 0)
+    return total
+
+
+def full_macs(shape: Shape) -> int:
+    """MACs of `model(images)` on one image: nothing scored or dropped, only the last head."""
+    num_stages = len(shape.depths)
+    every = shape.num_patches
+    return sum(
+        int(stage_macs(shape, stage, every, every, scored=False, head=stage == num_stages - 1))
+        for stage in range(num_stages)
+    )

@@ -1,0 +1,99 @@
+"""Keep rules in NumPy: the reference that `iret.selection` is tested against, and what a device without torch runs.
+
+Importance `r` is "times uniform attention": its mean over the live patches of an image is 1; a dead patch has -inf. Every
+rule takes a strength per image; 0 keeps everything that lives, more never keeps more.
+
+| rule        | strength                   | keeps                                                          |
+|-------------|----------------------------|----------------------------------------------------------------|
+| `threshold` | tau >= 0                   | r >= tau: how many depends on the image (the paper's rule)     |
+| `mass`      | share in [0, 1)            | the fewest patches that hold 1 - strength of the attention     |
+| `topk`      | share of live in [0, 1)    | the best ceil((1 - strength) * live): the same cost for all    |
+
+Source: the threshold is IRET's (GLSVLSI 2024, abstract); mass and top-k are the rules of its relatives (ours to offer).
+"""
+
+import numpy as np
+
+RULES = ("threshold", "mass", "topk")
+ROUNDING = 1e-6  # a share of 0.1 is not exact in binary; without this, ceil(0.1 * 10) may be 2
+
+
+def keep(importance: np.ndarray, strength: np.ndarray, rule: str = "threshold", min_keep: int = 8) -> np.ndarray:
+    """Kept patches, bool [B, N], of float importance [B, N] at strength [B].
+
+    The `min_keep` best live patches always stay. Ties: `threshold` keeps all that reach tau; `mass` and `topk` keep the
+    lower cell first.
+    """
+    check_rule(rule)
+    live = np.isfinite(importance)
+    order = np.argsort(-importance, axis=1, kind="stable")
+    rank = np.argsort(order, axis=1, kind="stable")
+    kept = rank < min_keep
+    if rule == "threshold":
+        kept |= importance >= strength[:, None]
+    elif rule == "topk":
+        kept |= rank < np.ceil((1 - strength) * live.sum(1) - ROUNDING)[:, None]
+    else:
+        share = np.where(live, importance, 0.0)
+        share = share / share.sum(1, keepdims=True)
+        ordered = np.take_along_axis(share, order, 1)
+        held_before = np.cumsum(ordered, 1) - ordered
+        kept |= np.take_along_axis(held_before, rank, 1) < (1 - strength)[:, None] - ROUNDING
+        kept |= strength[:, None] <= 0
+    return kept & live
+
+
+def check_rule(rule: str) -> None:
+    """Raises ValueError for a name that is not a rule."""
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} is unknown; choose from {', '.join(RULES)}.")
+
+
+def read_strengths(value: object, batch: int, transitions: int, rule: str = "threshold") -> np.ndarray:
+    """Strengths [B, transitions, 2] (keep, refine), float64, from what a user may write.
+
+    One number for all transitions, or a sequence of one entry per transition, each a number or a (keep, refine) pair; or
+    an array [B, transitions] or [B, transitions, 2], one row an image.
+    """
+    check_rule(rule)
+    if isinstance(value, np.ndarray) and value.ndim > 0:
+        expected = (batch, transitions)
+        if value.shape[:2] != expected or value.shape[2:] not in ((), (2,)):
+            raise ValueError(
+                f"thresholds of shape {value.shape} do not fit; give {expected} or {(*expected, 2)}, one row an image."
+            )
+        strengths = value.astype(np.float64)
+        if strengths.ndim == 2:
+            strengths = np.stack([strengths, strengths], axis=-1)
+    else:
+        entries = list(value) if isinstance(value, (list, tuple)) else [value] * transitions
+        if len(entries) != transitions:
+            raise ValueError(
+                f"{len(entries)} thresholds were given, but the model has {transitions} transitions; "
+                f"give one number for all or {transitions} entries."
+            )
+        pairs = [tuple(entry) if isinstance(entry, (list, tuple)) else (entry, entry) for entry in entries]
+        try:
+            rows = np.array([[float(number) for number in pair] for pair in pairs])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"thresholds={value!r} holds something that is not a number or a pair of numbers."
+            ) from error
+        if rows.shape != (transitions, 2):
+            raise ValueError(f"thresholds={value!r}: an entry is a number or a pair (keep, refine).")
+        strengths = np.broadcast_to(rows, (batch, transitions, 2))
+    _check_strengths(strengths, rule)
+    return strengths
+
+
+def _check_strengths(strengths: np.ndarray, rule: str) -> None:
+    if not np.isfinite(strengths).all() or (strengths < 0).any():
+        bad = strengths[~(strengths >= 0) | ~np.isfinite(strengths)].flat[0]
+        raise ValueError(f"threshold {bad:g} is not allowed; thresholds are finite and 0 or more (0 keeps everything).")
+    if (strengths[..., 1] < strengths[..., 0]).any():
+        bad = strengths[strengths[..., 1] < strengths[..., 0]][0]
+        raise ValueError(f"refine threshold {bad[1]:g} is below keep threshold {bad[0]:g}; refine needs keep or more.")
+    if rule != "threshold" and (strengths >= 1).any():
+        raise ValueError(
+            f"strength {strengths.max():g} is not below 1; with rule={rule!r} it is the share that is dropped."
+        )

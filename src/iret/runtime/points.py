@@ -1,0 +1,111 @@
+"""Operating points: the table thresholds -> accuracy and MACs of one checkpoint, measured on held-out images.
+
+`budget=0.4` asks for 40 % of the full model's MACs in the mean; the table says which thresholds give that. It lies beside
+the weights as `points.json` and is written by `iret train` and `iret calibrate`.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = 1
+FILE_NAME = "points.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One setting and what it gave: accuracy in [0, 1], MACs and patches an image, in the mean unless named otherwise."""
+
+    thresholds: tuple[tuple[float, float], ...]  # (keep, refine) per transition
+    accuracy: float
+    macs_mean: float
+    macs_p95: float
+    kept_mean: tuple[float, ...]  # patches in each stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatingPoints:
+    """Points of one model, dearest first; none is both dearer and less accurate than another."""
+
+    data: str  # what it was measured on
+    num_images: int
+    full_macs: int  # of `model(images)`; a budget is a share of it
+    points: tuple[Point, ...]
+
+    def __post_init__(self) -> None:
+        if not self.points:
+            raise ValueError("a table of operating points needs at least one point.")
+        macs = [point.macs_mean for point in self.points]
+        if macs != sorted(macs, reverse=True):
+            raise ValueError("operating points must be ordered from the dearest to the cheapest.")
+
+    @property
+    def cheapest_budget(self) -> float:
+        return self.points[-1].macs_mean / self.full_macs
+
+    def thresholds(self, budget: float) -> tuple[tuple[float, float], ...]:
+        """Thresholds whose mean MACs are `budget` in (0, 1] times the full model's, interpolated between points.
+
+        Raises:
+            ValueError: outside (0, 1], or below the cheapest point.
+        """
+        check_budget(budget)
+        if budget == 1:
+            return tuple((0.0, 0.0) for _ in self.points[0].thresholds)
+        if budget < self.cheapest_budget:
+            raise ValueError(
+                f"budget={budget:g} is below the cheapest operating point of this model, "
+                f"{self.cheapest_budget:.3f} of its MACs (thresholds {self.points[-1].thresholds})."
+            )
+        shares = np.array([point.macs_mean / self.full_macs for point in self.points])[::-1]
+        settings = np.array([point.thresholds for point in self.points])[::-1]  # [points, transitions, 2]
+        flat = settings.reshape(len(shares), -1)
+        found = np.array([np.interp(budget, shares, column) for column in flat.T]).reshape(-1, 2)
+        return tuple((float(keep), float(refine)) for keep, refine in found)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = FILE_NAME) -> "OperatingPoints":
+        """Raises ValueError for text that is not such a table, naming `source`."""
+        try:
+            raw = json.loads(text)
+            if raw.pop("format") != FORMAT:
+                raise ValueError("written by another version of iret")
+            points = tuple(
+                Point(
+                    thresholds=tuple((float(keep), float(refine)) for keep, refine in point["thresholds"]),
+                    kept_mean=tuple(point["kept_mean"]),
+                    **{f.name: point[f.name] for f in fields(Point) if f.name not in ("thresholds", "kept_mean")},
+                )
+                for point in raw.pop("points")
+            )
+            return cls(points=points, **raw)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{source} is not a table of operating points ({error}); run `iret calibrate` again."
+            ) from error
+
+    @classmethod
+    def read(cls, folder: Path) -> "OperatingPoints | None":
+        """The table in a model folder, None if there is none."""
+        path = folder / FILE_NAME
+        return cls.from_json(path.read_text(), str(path)) if path.exists() else None
+
+
+def check_budget(budget: float) -> None:
+    """Raises ValueError unless `budget` is in (0, 1]."""
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget={budget:g} is outside (0, 1]; it is a share of the full model's MACs.")
+
+
+def pareto(points: list[Point]) -> tuple[Point, ...]:
+    """Points that no other one beats in both accuracy and mean MACs, dearest first."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.macs_mean, -p.accuracy)):
+        if not best or point.accuracy > best[-1].accuracy:
+            best.append(point)
+    return tuple(reversed(best))

@@ -1,0 +1,139 @@
+"""From attention to kept tokens: importance, keep rules on tensors, the cut itself.
+
+Importance lives on the grid, float [B, cells], -inf where no live patch is; so does every choice, bool [B, cells]. The
+rules are those of `iret.runtime.keep`, which says what they mean and which these are tested against.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from iret.runtime.keep import ROUNDING, check_rule
+from iret.tokens import Tokens
+
+CONTROLS = ("attention", "random", "inverse")
+MOMENTUM = 0.5  # of the running mean over a stage's scored blocks: the last block weighs most
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one transition decides, per grid cell."""
+
+    kept: Bool[Tensor, "B cells"]
+    refined: Bool[Tensor, "B cells"]  # a subset of `kept`
+
+
+def accumulate(
+    running: Float[Tensor, " T"] | None, latest: Float[Tensor, " T"], momentum: float = MOMENTUM
+) -> Float[Tensor, " T"]:
+    """Running mean of the attention that patches received, over the scored blocks of one stage."""
+    return latest if running is None else torch.lerp(latest, running, momentum)
+
+
+def to_importance(attention_T: Float[Tensor, " T"], tokens: Tokens, num_cells: int) -> Float[Tensor, "B cells"]:
+    """Attention as "times uniform": mean 1 over the live patches of each image, -inf elsewhere."""
+    received, live = attention_T.float(), tokens.live_T()
+    if tokens.is_even and live is None and tokens.cell_T.shape[0] == tokens.batch_size * (num_cells + 1):
+        received_BN = received.view(tokens.batch_size, -1)[:, 1:]
+        return received_BN / received_BN.mean(1, keepdim=True)
+    where = tokens.grid_index(num_cells)
+    if live is not None:
+        received, where = received[live], where[live]
+    grid = received.new_full((tokens.batch_size, 1 + num_cells), float("-inf"))
+    grid.view(-1)[where] = received
+    grid = grid[:, 1:]
+    is_live = grid >= 0
+    mean = grid.clamp(min=0).sum(1, keepdim=True) / is_live.sum(1, keepdim=True)
+    return grid / mean
+
+
+def keep(
+    importance: Float[Tensor, "B cells"],
+    strength: Float[Tensor, " B"],
+    rule: str = "threshold",
+    min_keep: int = 8,
+) -> Bool[Tensor, "B cells"]:
+    """`iret.runtime.keep.keep` on tensors."""
+    check_rule(rule)
+    live = importance > float("-inf")
+    if rule == "threshold":
+        kept = importance >= strength[:, None]
+        floor = min(min_keep, importance.shape[1])
+        if bool((kept.sum(1) < floor).any()):  # sorting only where the floor is reached
+            order = importance.argsort(dim=1, descending=True, stable=True)
+            kept.scatter_(1, order[:, :floor], True)
+        return kept & live
+    order = importance.argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(1)
+    kept = rank < min_keep
+    if rule == "topk":
+        kept |= rank < torch.ceil((1 - strength.double()) * live.sum(1) - ROUNDING)[:, None]
+    else:
+        share = torch.where(live, importance, 0.0).double()
+        share = share / share.sum(1, keepdim=True)
+        ordered = share.gather(1, order)
+        held_before = ordered.cumsum(1) - ordered
+        kept |= held_before.gather(1, rank) < (1 - strength.double())[:, None] - ROUNDING
+        kept |= strength[:, None] <= 0
+    return kept & live
+
+
+def choose(
+    importance: Float[Tensor, "B cells"],
+    strengths: Float[Tensor, "B 2"],
+    rule: str = "threshold",
+    min_keep: int = 8,
+) -> Choice:
+    """What is kept at strength `strengths[:, 0]` and refined at `strengths[:, 1]`, which is at least as large."""
+    kept = keep(importance, strengths[:, 0], rule, min_keep)
+    if bool((strengths[:, 0] == strengths[:, 1]).all()):
+        return Choice(kept, kept)
+    return Choice(kept, keep(importance, strengths[:, 1], rule, min_keep))
+
+
+def select(tokens: Tokens, kept: Bool[Tensor, "B cells"], masked: bool = False) -> Tokens:
+    """The tokens that stay, in image order; class tokens always do. `masked` sets the size of the others to 0 instead."""
+    batch, num_cells = kept.shape
+    with_class = torch.nn.functional.pad(kept, (1, 0), value=True)
+    stays = with_class.view(-1)[tokens.grid_index(num_cells)]
+    if masked:
+        size = torch.ones_like(stays, dtype=torch.float32) if tokens.size_T is None else tokens.size_T
+        return Tokens(tokens.x_TD, tokens.cell_T, tokens.starts, tokens.is_even, size * stays)
+    (index,) = stays.nonzero(as_tuple=True)
+    counts = with_class.sum(1)
+    return Tokens(
+        x_TD=tokens.x_TD[index],
+        cell_T=tokens.cell_T[index],
+        starts=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+        is_even=batch == 1 or bool((counts == counts[0]).all()),
+        size_T=None if tokens.size_T is None else tokens.size_T[index],
+    )
+
+
+def take_images(tokens: Tokens, images: Bool[Tensor, " B"]) -> Tokens:
+    """The tokens of some images only."""
+    stays = images[tokens.image_T()]
+    counts = tokens.starts.diff()[images]
+    return Tokens(
+        x_TD=tokens.x_TD[stays],
+        cell_T=tokens.cell_T[stays],
+        starts=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+        is_even=tokens.is_even,
+        size_T=None if tokens.size_T is None else tokens.size_T[stays],
+    )
+
+
+def replace_importance(importance: Float[Tensor, "B cells"], control: str) -> Float[Tensor, "B cells"]:
+    """What a choice without attention would see: "random" or "inverse" importance on the same live patches.
+
+    Raises:
+        ValueError: another name than these or "attention", which changes nothing.
+    """
+    if control not in CONTROLS:
+        raise ValueError(f"control={control!r} is unknown; choose from {', '.join(CONTROLS)}.")
+    if control == "attention":
+        return importance
+    other = torch.rand_like(importance) if control == "random" else 1 / (1e-6 + importance)
+    return torch.where(importance > float("-inf"), other, importance)

@@ -1,0 +1,68 @@
+"""A ragged batch of tokens: all images one after another, each with as many tokens as it kept.
+
+Axes, for the whole package: `B` batch, `T` tokens of all images, `N` tokens of one image, `K` tokens kept, `D` width,
+`H` heads, `E` head width, `C` channels, `Y` rows, `X` columns.
+
+    starts  0        5     8            13
+            |c p p p p|c p p|c p p p p    |      c: class token (cell -1), p: patches in the order of their cells
+
+Norms, projections and MLPs work on `x_TD` and never look at `starts`; `iret.attention.attend` does.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens between two blocks; every image begins with its class token."""
+
+    x_TD: Float[Tensor, "T D"]
+    cell_T: Int[Tensor, " T"]  # grid cell it came from; -1 for the class token
+    starts: Int[Tensor, " B+1"]
+    is_even: bool  # every image has T / B tokens, known without reading `starts`
+    size_T: Float[Tensor, " T"] | None = None  # patches each token stands for, 0 is masked; None: all 1
+
+    @property
+    def batch_size(self) -> int:
+        return self.starts.shape[0] - 1
+
+    def with_x(self, x_TD: Float[Tensor, "T D"]) -> "Tokens":
+        return replace(self, x_TD=x_TD)
+
+    def image_T(self) -> Int[Tensor, " T"]:
+        """The image each token belongs to."""
+        images = torch.arange(self.batch_size, device=self.starts.device)
+        return images.repeat_interleave(self.starts.diff(), output_size=self.cell_T.shape[0])
+
+    def grid_index(self, num_cells: int) -> Int[Tensor, " T"]:
+        """Where each token lies in a flat [B, 1 + num_cells] table whose column 0 is the class token."""
+        if self.batch_size == 1:
+            return self.cell_T + 1
+        return self.image_T() * (1 + num_cells) + self.cell_T + 1
+
+    def live_T(self) -> Bool[Tensor, " T"] | None:
+        """Tokens that are not masked; None when all are live."""
+        return None if self.size_T is None else self.size_T > 0
+
+
+def pack(x_BND: Float[Tensor, "B N D"]) -> Tokens:
+    """A dense batch as Tokens: class token first, then patches of cells 0, 1, ..."""
+    batch, count, width = x_BND.shape
+    device = x_BND.device
+    return Tokens(
+        x_TD=x_BND.reshape(batch * count, width),
+        cell_T=torch.arange(-1, count - 1, device=device).repeat(batch),
+        starts=torch.arange(0, batch * count + 1, count, device=device),
+        is_even=True,
+    )
+
+
+def pad_index(starts: Int[Tensor, " B+1"], width: int) -> tuple[Int[Tensor, "B width"], Bool[Tensor, "B width"]]:
+    """Where each of `width` places per image reads its token, and whether there is one (else it reads token 0)."""
+    places = torch.arange(width, device=starts.device)
+    is_live = places < starts.diff()[:, None]
+    return (starts[:-1, None] + places) * is_live, is_live

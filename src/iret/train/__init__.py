@@ -1,0 +1,1 @@
+"""Training: `recipe` says what, `data` from what, `augment` and `loss` one step, `loop` the run, `checkpoint` keeps it."""

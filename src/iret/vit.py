@@ -1,0 +1,164 @@
+"""Attention, Mlp, Block and the plain VisionTransformer they make. Hosts any attention function; contains none.
+
+Parameters carry timm's names, so a timm ViT's weights load unmapped and give the same logits. A Block works on packed
+tokens ([T, D] with their `Tokens`) and on a dense batch ([B, N, D], `tokens` None), which is the form that is exported.
+
+Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", pre-norm as in timm's `vision_transformer`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iret.attention import IMPORTANCE_FUNCTIONS, AttentionFunction, attend
+from iret.tokens import Tokens
+
+NORM_EPS = 1e-6  # timm's value for ViT
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a block saw; a field is added when a second method needs it."""
+
+    importance_T: Float[Tensor, " T"]  # attention each patch received: sums to 1 an image, 0 at class tokens
+
+
+class Attention(nn.Module):
+    """Multi-head attention with the function it was given."""
+
+    def __init__(self, dim: int, num_heads: int, function: AttentionFunction = attend) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.function = function
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None = None, importance: str | None = None
+    ) -> tuple[Float[Tensor, "*tokens D"], Evidence | None]:
+        """The update, and the evidence if an `importance` ("cls", "column") is asked for."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        out = self.proj(self.function(q, k, v, tokens).flatten(-2))
+        if importance is None or tokens is None:
+            return out, None
+        with torch.no_grad():
+            return out, Evidence(IMPORTANCE_FUNCTIONS[importance](q, k, tokens))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens D"]:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Skips a branch for whole images in training, with probability `rate`, and scales up the others.
+
+    Source: Huang et al. 2016, "Deep Networks with Stochastic Depth".
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None = None) -> Float[Tensor, "*tokens D"]:
+        if not self.training or self.rate == 0:
+            return x
+        batch = x.shape[0] if tokens is None else tokens.batch_size
+        scale = x.new_empty(batch, 1).bernoulli_(1 - self.rate) / (1 - self.rate)
+        return x * (scale[:, None] if tokens is None else scale[tokens.image_T()])
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: int = 4,
+        drop_path_rate: float = 0.0,
+        function: AttentionFunction = attend,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, num_heads, function)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, mlp_ratio * dim)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(
+        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None = None, importance: str | None = None
+    ) -> tuple[Float[Tensor, "*tokens D"], Evidence | None]:
+        update, evidence = self.attn(self.norm1(x), tokens, importance)
+        x = x + self.drop_path(update, tokens)
+        return x + self.drop_path(self.mlp(self.norm2(x)), tokens), evidence
+
+
+class PatchEmbed(nn.Module):
+    """Patches of side `patch_size` to tokens: one strided convolution."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
+        return self.proj(images).flatten(2).mT
+
+
+class VisionTransformer(nn.Module):
+    """The plain ViT with a class token: the static baseline, and the host of other papers' token reduction."""
+
+    def __init__(
+        self,
+        *,
+        img_size: tuple[int, int] = (224, 224),
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_features = embed_dim
+        rows, columns = img_size[0] // patch_size, img_size[1] // patch_size
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, embed_dim))
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, drop_path_rate=rate) for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        init_linear(self)
+
+    def forward_features(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
+        x = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x, _ = block(x)
+        return self.norm(x)
+
+    def forward(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B classes"]:
+        return self.head(self.forward_features(images)[:, 0])
+
+
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal weights (std 0.02) and zero biases in every linear layer, as ViTs are started."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
