@@ -56,7 +56,9 @@ def describe(found: dict[str, Any]) -> str:
     facts = [("system", found["system"]), *found["devices"].items(), *found["threads"].items()]
     extras = []
     for name, extra in found["extras"].items():
-        state = f"missing {', '.join(extra['missing'])}; {extra['install']}" if extra["missing"] else "ready"
+        first, more = ", ".join(extra["missing"][:3]), len(extra["missing"]) - 3
+        missing = f"{first} and {more} more" if more > 0 else first
+        state = f"missing {missing}; {extra['install']}" if extra["missing"] else "ready"
         extras.append((f"iret[{name}]", f"{extra['for']}: {state}"))
     tables = [
         [f"{name:18} {'not set' if value is None else value}" for name, value in table]

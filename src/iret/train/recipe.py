@@ -103,7 +103,7 @@ def cifar10_pico_cpu() -> Recipe:
     return Recipe(
         name="cifar10_pico_cpu",
         model="iret_pico",
-        epochs=16,
+        epochs=12,
         batch_size=125,
         lr=1.5e-3,
         warmup_epochs=1,
@@ -111,8 +111,8 @@ def cifar10_pico_cpu() -> Recipe:
         drop_path_rate=0.0,
         crop_padding=4,
         full_until=0.05,
-        sampled_until=0.7,
-        max_threshold=1.5,
+        sampled_until=0.75,
+        max_threshold=1.2,
     )
 
 

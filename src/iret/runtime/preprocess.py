@@ -1,0 +1,135 @@
+"""From a photo to what a model takes: opening with limits, resizing, normalising. NumPy and Pillow only.
+
+    path, bytes or PIL image -> RGB, upright -> resized and cropped, uint8 [Y, X, C] -> float32 [B, C, Y, X]
+"""
+
+import io
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 64_000_000  # a decoded RGB image of this size takes 192 MB
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+Source = str | Path | bytes | BinaryIO | Image.Image
+
+
+def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An RGB image, upright by its EXIF orientation, fully decoded.
+
+    Transparent pixels are laid over white, 16-bit grey is scaled to 8 bits, CMYK is converted, of an animation the first
+    frame is taken.
+
+    Raises:
+        ValueError: missing, not an image, damaged, or more than `max_pixels` (seen in the header, before decoding).
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    name = str(source) if isinstance(source, (str, Path)) else "the image"
+    if isinstance(source, (str, Path)) and not Path(source).is_file():
+        raise ValueError(f"{name} does not exist or is not a file; give the path of a photo.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has too many pixels ({error}); resize it first.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{name} is not an image that Pillow can read; give a JPEG, PNG or the like.") from error
+    with image:
+        if image.width * image.height > max_pixels:
+            raise ValueError(
+                f"{name} has {image.width} x {image.height} pixels, more than the limit of {max_pixels}; resize it first."
+            )
+        try:
+            image.load()
+            return to_rgb(image)
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise ValueError(f"{name} is damaged or cut short ({error}); get the file again.") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB; see `open_image`."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips 16 bits at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How a model wants its images: `img_size` (rows, columns); mean and std of pixels in [0, 1], one per channel."""
+
+    img_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_ratio: float = 1.0  # share of the resized image's shorter side that the centre crop takes
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
+            raise ValueError(f"mean={self.mean} and std={self.std} need 1 or 3 entries each, std above 0.")
+        if min(self.img_size) < 1 or not 0 < self.crop_ratio <= 1:
+            raise ValueError(f"img_size={self.img_size} must be positive and crop_ratio={self.crop_ratio} in (0, 1].")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation={self.interpolation!r} is unknown; choose from {', '.join(INTERPOLATIONS)}.")
+
+    def fit(self, image: Image.Image) -> np.ndarray:
+        """uint8 [Y, X, C]: the centre, at `crop_ratio` of the largest crop of this shape; the aspect is kept."""
+        rows, columns = self.img_size
+        image = image.convert("L" if len(self.mean) == 1 else "RGB")
+        scale = self.crop_ratio * min(image.width / columns, image.height / rows)
+        width, height = columns * scale, rows * scale
+        left, top = (image.width - width) / 2, (image.height - height) / 2
+        box = (left, top, left + width, top + height)
+        if image.size == (columns, rows) and self.crop_ratio == 1:
+            resized = image
+        else:
+            resized = image.resize((columns, rows), INTERPOLATIONS[self.interpolation], box=box)
+        return np.asarray(resized).reshape(rows, columns, len(self.mean))
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [..., Y, X, C] to float32 [..., C, Y, X]."""
+        scaled = (pixels.astype(np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
+        return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
+
+    def __call__(self, images: Source | list[Source] | np.ndarray) -> np.ndarray:
+        """float32 [B, C, Y, X] from one photo, a list of them, or uint8 [Y, X, C] or [B, Y, X, C] of any size."""
+        if isinstance(images, np.ndarray):
+            if images.dtype != np.uint8 or images.ndim not in (3, 4):
+                raise ValueError(f"an array of images is uint8 [Y, X, C] or [B, Y, X, C], not {images.dtype} {images.shape}.")
+            batch = images[None] if images.ndim == 3 else images
+            sources: list = [Image.fromarray(each.squeeze(-1) if each.shape[-1] == 1 else each) for each in batch]
+        else:
+            sources = images if isinstance(images, list) else [images]
+        if not sources:
+            raise ValueError("no image was given.")
+        return self.normalise(np.stack([self.fit(open_image(source)) for source in sources]))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping) -> "Preprocess":
+        """Raises ValueError for unknown or missing keys."""
+        known = {field.name for field in fields(cls)}
+        if not isinstance(raw, Mapping) or not {"img_size", "mean", "std"} <= set(raw) <= known:
+            raise ValueError(f"a preprocess entry has the keys {', '.join(sorted(known))}, not {raw!r}.")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})

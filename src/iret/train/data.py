@@ -1,0 +1,309 @@
+"""Labelled images from a folder, parquet files, a Hugging Face data set or the embedded digits, by one argument.
+
+Images are decoded and fitted when they are asked for; augmentation works later, on whole batches. The order of an epoch is a
+pure function of (seed, epoch), and the global batches are the same for any number of processes.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from iret.runtime.preprocess import Preprocess, Source, open_image
+from iret.train.digits import ClutteredDigits
+
+EMBEDDED = "cluttered-digits"
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+HELD_OUT = 20  # one image in so many is held out where the data has no validation split
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+
+Batch = tuple[UInt8[Tensor, "b C Y X"], Int[Tensor, " b"], int]
+
+
+class ImageData(Dataset):
+    """Images with labels; item i is (uint8 [C, Y, X], label), or None for a corrupt image that is to be skipped."""
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        read: Callable[[int], tuple[Source | np.ndarray, int]],
+        class_names: Sequence[str],
+        preprocess: Preprocess,
+        on_corrupt: str,
+    ) -> None:
+        if on_corrupt not in ("skip", "stop"):
+            raise ValueError(f"on_corrupt={on_corrupt!r} is unknown; choose skip or stop.")
+        self.rows, self.read, self.preprocess, self.on_corrupt = rows, read, preprocess, on_corrupt
+        self.class_names = [str(name) for name in class_names]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "C Y X"], int] | None:
+        row = int(self.rows[index])
+        source, label = self.read(row)
+        try:
+            image = open_image(source if not isinstance(source, np.ndarray) else _as_image(source))
+        except ValueError as error:
+            if self.on_corrupt == "stop":
+                raise ValueError(f"image {row} cannot be read: {error}") from error
+            return None
+        pixels = self.preprocess.fit(image)
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1), label
+
+
+def open_data(
+    spec: str,
+    split: str,
+    preprocess: Preprocess,
+    *,
+    on_corrupt: str = "skip",
+    label_column: str | None = None,
+) -> ImageData:
+    """The `split` (train, val, test) of `spec`: cluttered-digits, a folder of class folders, parquet, or a hub id.
+
+    Where the data has no validation split, one training image in twenty is held out for it, chosen by its number; the test
+    split is never used for it. Without a test split, `test` is the validation split.
+
+    Raises:
+        ValueError: nothing there, no labels, or a split that does not exist.
+    """
+    if split not in SPLIT_NAMES:
+        raise ValueError(f"split={split!r} is unknown; choose from {', '.join(SPLIT_NAMES)}.")
+    path = Path(spec)
+    if spec == EMBEDDED:
+        digits = ClutteredDigits(split, size=preprocess.img_size)
+        return ImageData(range(len(digits)), digits.__getitem__, digits.class_names, preprocess, on_corrupt)
+    if path.is_file() or (path.is_dir() and any(path.rglob("*.parquet"))):
+        parts: dict = {part: _Parquet(files, label_column) for part, files in _parquet_splits(path).items()}
+    elif path.is_dir():
+        parts = _folder_splits(path)
+    else:
+        parts = _hub_splits(spec, label_column)
+    return _split(parts, split, spec, preprocess, on_corrupt)
+
+
+def _split(parts: dict, split: str, spec: str, preprocess: Preprocess, on_corrupt: str) -> ImageData:
+    """A split of the data, or what stands in for it."""
+    wanted = "val" if split == "test" and "test" not in parts else split
+    if wanted in parts and not (wanted == "train" and "val" not in parts):
+        part = parts[wanted]
+        rows = range(len(part))
+    else:
+        if "train" not in parts:
+            raise ValueError(f"{spec} has no {split} split and no train split to hold images out of.")
+        part = parts["train"]
+        is_held_out = np.array([zlib.crc32(str(row).encode()) % HELD_OUT == 0 for row in range(len(part))])
+        rows = np.flatnonzero(is_held_out if wanted == "val" else ~is_held_out)
+    if not len(rows):
+        raise ValueError(f"the {split} split of {spec} has no images.")
+    names = parts["train"].class_names if "train" in parts else part.class_names
+    return ImageData(rows, part.read, names, preprocess, on_corrupt)
+
+
+# ---- sources
+
+
+class _Folder:
+    """Class folders of images."""
+
+    def __init__(self, folder: Path) -> None:
+        self.class_names = sorted(child.name for child in folder.iterdir() if child.is_dir())
+        self.files = [
+            (path, label)
+            for label, name in enumerate(self.class_names)
+            for path in sorted((folder / name).rglob("*"))
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, row: int) -> tuple[Source, int]:
+        return self.files[row]
+
+
+class _Parquet:
+    """Encoded images in parquet files, held in memory as they are stored."""
+
+    def __init__(self, files: Sequence[Path], label_column: str | None) -> None:
+        try:
+            table = pa.concat_tables([pq.read_table(file, memory_map=True) for file in files], promote_options="default")
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{files[0]} is not a parquet file that can be read ({error}).") from error
+        image = _find_image_column(table, files[0])
+        label = _find_label_column(table.column_names, label_column, str(files[0]))
+        if table[label].null_count:
+            row = int(np.flatnonzero(table[label].is_null().to_numpy())[0])
+            raise ValueError(f"column {label!r} of {files[0]} has no label in row {row} ({table[label].null_count} in all).")
+        self.images = table[image].combine_chunks() if table.nbytes < 2**31 else table[image]
+        if pa.types.is_struct(self.images.type):
+            self.images = (
+                self.images.field("bytes")
+                if isinstance(self.images, pa.StructArray)
+                else pa.chunked_array([chunk.field("bytes") for chunk in self.images.chunks])
+            )
+        values = table[label].to_numpy()
+        names = _names_in_metadata(table.schema, label)
+        self.class_names = names or [str(value) for value in np.unique(values)]
+        self.labels = values if names else np.searchsorted(np.unique(values), values)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, row: int) -> tuple[Source, int]:
+        return self.images[row].as_py() or b"", int(self.labels[row])
+
+
+class _Hub:
+    """A split of a Hugging Face data set."""
+
+    def __init__(self, dataset, label_column: str | None, name: str) -> None:
+        from datasets import Image as ImageFeature
+
+        columns = [column for column, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
+        if not columns:
+            raise ValueError(f"{name} has no image column, only {', '.join(dataset.column_names)}.")
+        self.image, self.label = columns[0], _find_label_column(dataset.column_names, label_column, name)
+        self.dataset = dataset.cast_column(self.image, ImageFeature(decode=False))
+        names = getattr(dataset.features[self.label], "names", None)
+        self.values = None if names else sorted(set(dataset[self.label]))
+        self.class_names = names or [str(value) for value in self.values or ()]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, row: int) -> tuple[Source, int]:
+        item = self.dataset[row]
+        label = item[self.label]
+        image = item[self.image]
+        return image["bytes"] or image["path"], label if self.values is None else self.values.index(label)
+
+
+def _folder_splits(path: Path) -> dict:
+    parts = {}
+    for split, names in SPLIT_NAMES.items():
+        for name in names:
+            if (path / name).is_dir():
+                parts[split] = _Folder(path / name)
+    parts = parts or {"train": _Folder(path)}
+    if not any(len(part) for part in parts.values()):
+        raise ValueError(f"{path} holds no images in class folders; expected {path}/CLASS/IMAGE or {path}/train/CLASS/IMAGE.")
+    return parts
+
+
+def _parquet_splits(path: Path) -> dict[str, list[Path]]:
+    if path.is_file():
+        return {"train": [path]}
+    found: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*.parquet")):
+        for split, names in SPLIT_NAMES.items():
+            if file.name.startswith(names) or file.parent.name in names:
+                found.setdefault(split, []).append(file)
+                break
+        else:
+            found.setdefault("train", []).append(file)
+    return found
+
+
+def _hub_splits(spec: str, label_column: str | None) -> dict:
+    name = spec.removeprefix("hf:")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"data {spec!r} is neither a file nor a folder here, and Hugging Face data sets need: pip install 'iret[data]'."
+        ) from error
+    try:
+        loaded = load_dataset(name)
+    except Exception as error:  # the library raises many kinds for one reason: it is not there
+        raise ValueError(
+            f"data {spec!r} is neither a file nor a folder here nor a Hugging Face data set that can be loaded "
+            f"({type(error).__name__}); check the name and the network."
+        ) from error
+    return {
+        split: _Hub(loaded[found], label_column, name)
+        for split, names in SPLIT_NAMES.items()
+        for found in names
+        if found in loaded
+    }
+
+
+def _find_image_column(table: pa.Table, file: Path) -> str:
+    for field in table.schema:
+        if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
+            return field.name
+        if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+            return field.name
+    raise ValueError(f"{file} has no image column (binary, or a struct with bytes), only {', '.join(table.column_names)}.")
+
+
+def _find_label_column(columns: Sequence[str], wanted: str | None, source: str) -> str:
+    for name in (wanted,) if wanted else LABEL_COLUMNS:
+        if name in columns:
+            return name
+    raise ValueError(
+        f"{source} has no label column {wanted or 'label'!r}, only {', '.join(columns)}; name it with --label-column."
+    )
+
+
+def _names_in_metadata(schema: pa.Schema, label: str) -> list[str] | None:
+    """Class names as the `datasets` library writes them beside a schema."""
+    raw = (schema.metadata or {}).get(b"huggingface")
+    features = json.loads(raw)["info"]["features"] if raw else {}
+    return features.get(label, {}).get("names")
+
+
+def _as_image(pixels: np.ndarray):
+    from PIL import Image
+
+    return Image.fromarray(pixels)
+
+
+# ---- batches
+
+
+def make_loader(
+    data: ImageData,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    start_batch: int = 0,
+    drop_last: bool,
+) -> Iterator[Batch]:
+    """Batches (images, labels, corrupt ones left out) of this process; `batch_size` counts all processes together.
+
+    Batches before `start_batch` are passed over without decoding anything.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(len(data)) if shuffle else np.arange(len(data))
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    if drop_last and len(batches[-1]) < batch_size:
+        batches.pop()
+    own = [np.array_split(batch, world_size)[rank].tolist() for batch in batches[start_batch:]]
+    return iter(DataLoader(data, batch_sampler=own, collate_fn=collate, num_workers=workers))
+
+
+def collate(items: Sequence[tuple[Tensor, int] | None]) -> Batch:
+    """Stack the items that could be read and count the others."""
+    read = [item for item in items if item is not None]
+    labels = torch.tensor([label for _, label in read], dtype=torch.int64)
+    images = torch.stack([image for image, _ in read]) if read else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    return images, labels, len(items) - len(read)

@@ -1,0 +1,237 @@
+"""Attention over a ragged batch against a loop written out in float64, and the importance read beside it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from iret.attention import _attend_padded, attend, class_row, column_mean
+from iret.tokens import Tokens, pack
+
+COUNTS = (5, 2, 7)  # tokens of three images, the class token included
+
+
+def make_tokens(counts: tuple[int, ...] = COUNTS, sizes: str = "ones") -> Tokens:
+    """`sizes`: "ones" (None), "merged" (1, 2 or 3 patches a token) or "masked" (some patches are 0)."""
+    cells = torch.cat([torch.arange(-1, count - 1) for count in counts])
+    starts = F.pad(torch.tensor(counts).cumsum(0), (1, 0))
+    size_T = None
+    if sizes != "ones":
+        size_T = torch.ones(len(cells))
+        size_T[1::2] = 3.0 if sizes == "merged" else 0.0
+        size_T[starts[:-1]] = 1.0
+    return Tokens(torch.zeros(len(cells), 1), cells, starts, len(set(counts)) == 1, size_T)
+
+
+def random_qkv(tokens: Tokens, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Two heads of width 4; logits of a few units, so that no softmax is nearly uniform."""
+    torch.manual_seed(0)
+    return [2 * torch.randn(len(tokens.cell_T), 2, 4, dtype=dtype) for _ in range(3)]
+
+
+def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """Each token of size s weighs s * exp(q . k / sqrt(E)) in its own image, summed in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    size_T = torch.ones(len(q)).double() if tokens.size_T is None else tokens.size_T.double()
+    out = torch.zeros_like(q)
+    for start, end in zip(tokens.starts[:-1].tolist(), tokens.starts[1:].tolist(), strict=True):
+        for head in range(q.shape[1]):
+            weights = size_T[start:end] * (q[start:end, head] @ k[start:end, head].T / math.sqrt(q.shape[2])).exp()
+            out[start:end, head] = weights / weights.sum(1, keepdim=True) @ v[start:end, head]
+    return out
+
+
+# ---- one result, whatever the form of the batch
+
+
+@pytest.mark.parametrize("counts", [COUNTS, (4, 4, 4), (6,), (1, 5)])
+@pytest.mark.parametrize("sizes", ["ones", "merged", "masked"])
+def test_attention_is_the_size_weighted_softmax_of_each_image(counts, sizes):
+    tokens = make_tokens(counts, sizes)
+    q, k, v = random_qkv(tokens)
+    expected = written_out(q, k, v, tokens)
+    torch.testing.assert_close(attend(q, k, v, tokens).double(), expected, rtol=0, atol=2e-6)  # float32, 7 terms
+
+
+@pytest.mark.parametrize("sizes", ["ones", "merged", "masked"])
+def test_an_even_batch_may_also_be_treated_as_ragged(sizes):
+    tokens = make_tokens((4, 4), sizes)
+    q, k, v = random_qkv(tokens)
+    got = attend(q, k, v, replace(tokens, is_even=False))
+    torch.testing.assert_close(got, attend(q, k, v, tokens), rtol=0, atol=2e-6)  # float32, sums of 4
+
+
+@pytest.mark.parametrize("sizes", ["ones", "merged", "masked"])
+def test_the_back_end_for_accelerators_equals_the_one_for_processors(sizes):
+    tokens = make_tokens(COUNTS, sizes)
+    q, k, v = random_qkv(tokens)
+    bias_T = None if tokens.size_T is None else tokens.size_T.log()
+    padded = _attend_padded(q, k, v, tokens.starts, bias_T)
+    torch.testing.assert_close(padded, attend(q, k, v, tokens), rtol=0, atol=2e-6)  # float32, 7 terms
+
+
+def test_a_dense_batch_equals_its_packed_form():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 5, 2, 4)
+    tokens = pack(torch.zeros(2, 5, 1))
+    packed = attend(*(x.flatten(0, 1) for x in (q, k, v)), tokens)
+    torch.testing.assert_close(packed.unflatten(0, (2, 5)), attend(q, k, v), rtol=0, atol=1e-6)  # the same kernel
+
+
+def test_an_image_does_not_see_its_batch_mates():
+    tokens = make_tokens()
+    q, k, v = random_qkv(tokens)
+    others = [x.clone() for x in (q, k, v)]
+    for x in others:
+        x[:5] = 9.0
+        x[7:] = -9.0
+    assert torch.equal(attend(*others, tokens)[5:7], attend(q, k, v, tokens)[5:7])
+
+
+def test_a_token_of_size_two_equals_the_token_twice():
+    q, k, v = random_qkv(make_tokens((3,)))
+    twice = torch.tensor([0, 1, 2, 2])
+    merged = replace(make_tokens((3,)), size_T=torch.tensor([1.0, 1.0, 2.0]))
+    expected = attend(q[twice], k[twice], v[twice], make_tokens((4,)))[:3]
+    torch.testing.assert_close(attend(q, k, v, merged), expected, rtol=0, atol=1e-6)  # float32, sums of 4
+
+
+def test_a_masked_token_might_as_well_not_be_there():
+    tokens = replace(make_tokens((5, 2)), size_T=torch.tensor([1.0, 1, 0, 1, 1, 1, 1]))
+    q, k, v = random_qkv(tokens)
+    stays = torch.tensor([0, 1, 3, 4, 5, 6])
+    expected = attend(q[stays], k[stays], v[stays], make_tokens((4, 2)))
+    torch.testing.assert_close(attend(q, k, v, tokens)[stays], expected, rtol=0, atol=1e-6)  # float32, sums of 4
+
+
+def test_attention_of_two_tokens_by_hand():
+    # E = 1: logits q k = ln 3 and 0 for the first token, 0 and 0 for the second.
+    q, k = torch.tensor([[[math.log(3)]], [[0.0]]]), torch.tensor([[[1.0]], [[0.0]]])
+    v = torch.tensor([[[4.0]], [[8.0]]])
+    out = attend(q, k, v, make_tokens((2,)))
+    torch.testing.assert_close(out.flatten(), torch.tensor([5.0, 6.0]), rtol=0, atol=1e-5)  # float32, ln 3 is rounded
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("bias", [None, [0.0, 0.7, -math.inf, 0.0, 0.3]])
+def test_the_packed_gradient_is_the_numerical_one(bias):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    starts = torch.tensor([0, 3, 5])
+    bias_T = None if bias is None else torch.tensor(bias, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: torch.ops.iret.attend(*x, starts, bias_T), (q, k, v))
+
+
+@pytest.mark.parametrize("sizes", ["ones", "merged", "masked"])
+def test_the_packed_gradient_equals_that_of_the_fused_kernel(sizes):
+    tokens = make_tokens((4, 4), sizes)
+    gradients = []
+    for form in (tokens, replace(tokens, is_even=False)):
+        qkv = [x.requires_grad_() for x in random_qkv(tokens)]
+        attend(*qkv, form).square().sum().backward()
+        gradients.append(torch.stack([x.grad for x in qkv]))
+    torch.testing.assert_close(*gradients, rtol=0, atol=5e-5)  # float32, gradients up to 30
+
+
+def test_nothing_flows_back_from_one_image_into_another():
+    tokens = make_tokens()
+    qkv = [x.requires_grad_() for x in random_qkv(tokens)]
+    attend(*qkv, tokens)[5:7].square().sum().backward()
+    for x in qkv:
+        assert x.grad[5:7].count_nonzero() > 0
+        assert x.grad[:5].count_nonzero() == x.grad[7:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("counts", [COUNTS, (4, 4)])
+def test_training_in_bf16_on_a_processor_agrees_with_single_precision(counts):
+    tokens = make_tokens(counts, "merged")
+    exact = [x.bfloat16().float().requires_grad_() for x in random_qkv(tokens)]
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    expected, got = attend(*exact, tokens), attend(*half, tokens)
+    assert got.dtype == torch.bfloat16
+    # bf16 has 8 bits: log(3) as a logit is off by 2^-8 relative, values up to 5 by half a unit of 2^-6.
+    torch.testing.assert_close(got.float(), expected, rtol=0, atol=0.04)
+    expected.sum().backward()
+    got.sum().backward()
+    for x, y in zip(half, exact, strict=True):
+        torch.testing.assert_close(x.grad.float(), y.grad, rtol=0.02, atol=0.05)  # 8 bits, a few products deep
+
+
+@pytest.mark.parametrize("bias", [None, [0.0, 0.7, -math.inf, 0.0, 0.3]])
+def test_the_operator_keeps_torch_s_contract(bias):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(5, 2, 4, requires_grad=True) for _ in range(3))
+    bias_T = None if bias is None else torch.tensor(bias)
+    torch.library.opcheck(torch.ops.iret.attend, (q, k, v, torch.tensor([0, 3, 5]), bias_T))
+
+
+# ---- importance
+
+
+def softmax_over_patches(q: torch.Tensor, k: torch.Tensor, tokens: Tokens, only_class: bool) -> torch.Tensor:
+    """Every live token (or the class token alone) asks, the image's patches answer; mean over queries and heads."""
+    q, k = q.double(), k.double()
+    size_T = torch.ones(len(q)).double() if tokens.size_T is None else tokens.size_T.double()
+    out = torch.zeros(len(q), dtype=torch.float64)
+    for start, end in zip(tokens.starts[:-1].tolist(), tokens.starts[1:].tolist(), strict=True):
+        rows = []
+        for query in [start] if only_class else range(start, end):
+            if size_T[query] > 0:
+                for head in range(q.shape[1]):
+                    logits = k[start + 1 : end, head] @ q[query, head] / math.sqrt(q.shape[2])
+                    weights = size_T[start + 1 : end] * logits.exp()
+                    rows.append(weights / weights.sum())
+        out[start + 1 : end] = torch.stack(rows).mean(0)
+    return out
+
+
+@pytest.mark.parametrize("counts", [COUNTS, (4, 4, 4), (6,)])
+@pytest.mark.parametrize("sizes", ["ones", "merged", "masked"])
+@pytest.mark.parametrize("function", [class_row, column_mean])
+def test_importance_is_the_softmax_over_the_patches_of_an_image(function, counts, sizes):
+    tokens = make_tokens(counts, sizes if counts != COUNTS or sizes != "masked" else "merged")
+    if sizes == "masked" and counts == COUNTS:  # the image of one patch must keep it
+        tokens = replace(tokens, size_T=torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1]))
+    q, k, _ = random_qkv(tokens)
+    got = function(q, k, tokens)
+    expected = softmax_over_patches(q, k, tokens, only_class=function is class_row)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-6)  # float32, means of up to 14 rows
+    sums = torch.zeros(len(counts)).index_add(0, tokens.image_T(), got)
+    torch.testing.assert_close(sums, torch.ones(len(counts)), rtol=0, atol=2e-6)
+    assert got[tokens.starts[:-1]].tolist() == [0.0] * len(counts)
+
+
+def test_class_row_by_hand():
+    # One head of width 1: the class token's logits over three patches are ln 1, ln 2, ln 1.
+    k = torch.tensor([9.0, 0.0, math.log(2), 0.0]).view(4, 1, 1)
+    q = torch.tensor([1.0, -7.0, 5.0, 3.0]).view(4, 1, 1)
+    got = class_row(q, k, make_tokens((4,)))
+    torch.testing.assert_close(got, torch.tensor([0.0, 0.25, 0.5, 0.25]), rtol=0, atol=1e-7)  # float32
+
+
+def test_class_row_averages_heads_after_the_softmax():
+    k = torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, 0.0]]).unsqueeze(2)
+    q = torch.ones(3, 2, 1)
+    got = class_row(q, k, make_tokens((3,)))
+    torch.testing.assert_close(got, torch.tensor([0.0, 0.625, 0.375]), rtol=0, atol=1e-7)  # 1/2, 1/2 and 3/4, 1/4
+
+
+def test_column_mean_by_hand():
+    # Patches answer ln 3 : 1 to a query of 1, 1 : 1 to a query of 0; of three queries one is 1.
+    k = torch.tensor([5.0, math.log(3), 0.0]).view(3, 1, 1)
+    q = torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1)
+    got = column_mean(q, k, make_tokens((3,)))
+    expected = torch.tensor([0.0, (0.5 + 0.75 + 0.5) / 3, (0.5 + 0.25 + 0.5) / 3])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-7)  # float32, mean of 3
+
+
+@pytest.mark.parametrize("function", [class_row, column_mean])
+def test_equal_keys_receive_exactly_equal_attention(function):
+    tokens = make_tokens((8, 8))
+    q, _, _ = random_qkv(tokens)
+    got = function(q, torch.ones(16, 2, 4), tokens).view(2, 8)[:, 1:]
+    assert torch.equal(got, got[:, :1].expand_as(got))

@@ -1,0 +1,146 @@
+"""The report of `iret doctor`: true on this machine, and one sentence where a library is broken."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from iret import doctor
+
+
+def run_python(code: str, *folders: Path) -> str:
+    """Stdout of a fresh process that looks into `folders` first."""
+    paths = [str(folder) for folder in folders] + os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths.append(str(Path(doctor.__file__).parents[1]))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+
+
+def broken_library(folder: Path, name: str, code: str) -> Path:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(code)
+    return folder
+
+
+def test_the_report_is_json_without_paths():
+    text = json.dumps(doctor.report())
+    assert sys.prefix not in text
+    assert os.getcwd() not in text
+
+
+def test_the_report_states_what_runs_here():
+    found = doctor.report()
+    assert found["versions"]["torch"] == metadata.version("torch")
+    assert found["versions"]["python"] == sys.version.split()[0]
+    assert found["threads"]["num_usable"] >= 1
+    assert found["devices"]["cpu"]
+
+
+def test_the_text_shows_every_version_and_note():
+    found = {
+        "versions": {"python": "3.12.1", "iret": "0.1.0"},
+        "system": "Linux x86_64",
+        "devices": {"cpu": "Some Processor"},
+        "threads": {"num_processors": 2, "GOMP_SPINCOUNT": None},
+        "extras": {
+            "torch": {"for": "models", "missing": ["a", "b", "c", "torch"], "install": "pip install 'iret[torch]'"}
+        },
+        "notes": ["One sentence."],
+    }
+    assert doctor.describe(found).splitlines() == [
+        "python             3.12.1",
+        "iret               0.1.0",
+        "",
+        "system             Linux x86_64",
+        "cpu                Some Processor",
+        "num_processors     2",
+        "GOMP_SPINCOUNT     not set",
+        "",
+        "iret[torch]        models: missing a, b, c and 1 more; pip install 'iret[torch]'",
+        "",
+        "One sentence.",
+    ]
+
+
+def test_importing_the_doctor_loads_nothing_heavy():
+    loaded = run_python("import sys, iret.doctor; print(*sys.modules)").split()
+    assert not {"torch", "torchvision", "timm", "numpy"}.intersection(loaded)
+
+
+# ---- extras
+
+
+def test_every_extra_of_the_package_has_a_purpose():
+    assert set(metadata.metadata("iret").get_all("Provides-Extra")) == set(doctor.PURPOSES)
+
+
+def test_an_extra_that_includes_another_needs_its_libraries_too(monkeypatch):
+    requirements = [
+        "numpy>=1.26",
+        'torch>=2.10; extra == "torch"',
+        "iret[torch] ; extra == 'data'",
+        "datasets[audio]>=3; python_version > '3' and extra == 'data'",
+        "iret[torch, data]; extra == 'all'",
+    ]
+    monkeypatch.setattr(metadata, "requires", lambda name: requirements)
+    needed = doctor.extras_needed()
+    assert needed["torch"] == {"torch"}
+    assert needed["data"] == needed["all"] == {"torch", "datasets"}
+
+
+def test_a_missing_extra_is_named_with_its_command(monkeypatch):
+    monkeypatch.setattr(metadata, "requires", lambda name: ["no-such-library>=1; extra == 'data'"])
+    assert doctor.extras_report()["data"] == {
+        "for": doctor.PURPOSES["data"],
+        "missing": ["no-such-library"],
+        "install": "pip install 'iret[data]'",
+    }
+
+
+def test_a_source_tree_that_is_not_installed_says_so(monkeypatch):
+    def not_installed(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", not_installed)
+    assert doctor.extras_report() == {}
+    assert any("not installed" in note for note in doctor.report()["notes"])
+
+
+# ---- broken libraries
+
+
+def test_timm_imports_under_the_tests():
+    assert "tests" in os.environ.get("PYTHONPATH", ""), "run the tests as `make test` does: PYTHONPATH=tests"
+    assert run_python("from iret import doctor; print(doctor.timm_problem())").strip() == "None"
+
+
+def test_a_broken_torchvision_gives_one_sentence(tmp_path):
+    broken_library(tmp_path, "torchvision", "raise RuntimeError('operator torchvision::nms does not exist\\nmore')")
+    sentence = run_python("from iret import doctor; print(doctor.timm_problem())", tmp_path).strip()
+    assert "cannot be imported (RuntimeError: operator torchvision::nms does not exist), so timm" in sentence
+    assert "\n" not in sentence
+    assert sentence.count(". ") == 0
+
+
+def test_a_broken_timm_gives_one_sentence(tmp_path):
+    broken_library(tmp_path, "timm", "import no_such_library")
+    sentence = run_python("from iret import doctor; print(doctor.timm_problem())", tmp_path).strip()
+    assert "cannot be imported (ModuleNotFoundError: No module named 'no_such_library')" in sentence
+    assert "\n" not in sentence
+
+
+def test_a_broken_torch_leaves_the_rest_of_the_report(tmp_path):
+    broken_library(tmp_path, "torch", "raise OSError('libtorch.so: cannot open shared object file')")
+    found = json.loads(run_python("import json; from iret import doctor; print(json.dumps(doctor.report()))", tmp_path))
+    assert any("libtorch.so" in note for note in found["notes"])
+    assert found["threads"]["num_torch_threads"] is None
+    assert list(found["devices"]) == ["cpu"]
+
+
+@pytest.mark.parametrize("name", ["no_such_library", "json"])
+def test_an_absent_or_sound_library_is_no_problem(name):
+    assert doctor.import_problem(name) is None

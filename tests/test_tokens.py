@@ -1,0 +1,71 @@
+"""The ragged batch: order, ownership, and the places its tokens take in a grid or a padded batch."""
+
+import torch
+
+from iret.tokens import Tokens, pack, pad_index
+
+
+def ragged() -> Tokens:
+    """Two images of a 2 x 2 grid: the first kept cells 1 and 3, the second cell 0."""
+    return Tokens(
+        x_TD=torch.arange(5.0)[:, None],
+        cell_T=torch.tensor([-1, 1, 3, -1, 0]),
+        starts=torch.tensor([0, 3, 5]),
+        is_even=False,
+    )
+
+
+def test_packing_puts_images_one_after_another_and_the_class_token_first():
+    x = torch.arange(12.0).view(2, 3, 2)
+    tokens = pack(x)
+    assert torch.equal(tokens.x_TD, x.flatten(0, 1))
+    assert tokens.cell_T.tolist() == [-1, 0, 1, -1, 0, 1]
+    assert tokens.starts.tolist() == [0, 3, 6]
+    assert tokens.batch_size == 2
+    assert tokens.is_even
+    assert tokens.live_T() is None
+
+
+def test_each_token_knows_its_image():
+    assert ragged().image_T().tolist() == [0, 0, 0, 1, 1]
+
+
+def test_an_image_without_tokens_is_skipped():
+    tokens = Tokens(torch.zeros(3, 1), torch.tensor([-1, -1, 0]), torch.tensor([0, 1, 1, 3]), is_even=False)
+    assert tokens.image_T().tolist() == [0, 2, 2]
+
+
+def test_grid_places_leave_column_zero_to_the_class_token():
+    assert ragged().grid_index(4).tolist() == [0, 2, 4, 5, 6]
+
+
+def test_grid_places_of_one_image_equal_those_it_has_in_a_batch():
+    alone = Tokens(torch.zeros(3, 1), torch.tensor([-1, 1, 3]), torch.tensor([0, 3]), is_even=True)
+    assert alone.grid_index(4).tolist() == ragged().grid_index(4)[:3].tolist()
+
+
+def test_tokens_of_size_zero_are_not_live():
+    whole = ragged()
+    masked = Tokens(whole.x_TD, whole.cell_T, whole.starts, False, torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0]))
+    assert masked.live_T().tolist() == [True, False, True, True, False]
+
+
+def test_new_values_keep_everything_else():
+    tokens = ragged()
+    other = tokens.with_x(torch.zeros(5, 7))
+    assert other.x_TD.shape == (5, 7)
+    assert other.cell_T is tokens.cell_T
+    assert other.starts is tokens.starts
+    assert not other.is_even
+
+
+def test_padding_reads_token_zero_where_there_is_none():
+    index, is_live = pad_index(torch.tensor([0, 3, 5, 5]), 3)
+    assert is_live.tolist() == [[True, True, True], [True, True, False], [False, False, False]]
+    assert index.tolist() == [[0, 1, 2], [3, 4, 0], [0, 0, 0]]
+
+
+def test_padding_then_dropping_the_padding_gives_the_packed_tokens_back():
+    x = torch.randn(7, 2)
+    index, is_live = pad_index(torch.tensor([0, 1, 4, 7]), 4)
+    assert torch.equal(x[index][is_live], x)
