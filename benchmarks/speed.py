@@ -25,7 +25,6 @@ from torch import Tensor
 
 import iret
 from iret.runtime.cost import full_macs
-from iret.tokens import pack
 
 RATIOS = (1.0, 1.5, 2.5, 4.0, 6.0)
 
@@ -110,7 +109,9 @@ def main() -> None:
     (args.out / "env.json").write_text(json.dumps(env, indent=1) + "\n")
     (args.out / "recipe.json").write_text(json.dumps({"rounds": args.rounds, "ratios": RATIOS}, indent=1) + "\n")
     table = report(samples, counts_of, macs_of)
-    (args.out / "README.md").write_text("\n".join([f"`python benchmarks/speed.py --rounds {args.rounds}`", "", *table, ""]))
+    (args.out / "README.md").write_text(
+        "\n".join([f"`python benchmarks/speed.py --rounds {args.rounds}`", "", *table, ""])
+    )
     print("\n".join(table))
 
 

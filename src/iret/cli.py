@@ -237,23 +237,14 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from iret.doctor import report
+    from iret.doctor import describe, report
 
     findings = report()
     if args.json:
         print(json.dumps(findings))
     else:
-        _say_nested(findings)
+        say(describe(findings))
     return 0
-
-
-def _say_nested(value: dict, indent: str = "") -> None:
-    for key, entry in value.items():
-        if isinstance(entry, dict):
-            say(f"{indent}{key}:")
-            _say_nested(entry, indent + "  ")
-        else:
-            say(f"{indent}{key}: {entry}")
 
 
 # ---- arguments
@@ -266,6 +257,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"iret {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
+    _add_predict(verbs)
+    _add_train(verbs)
+    _add_eval_and_calibrate(verbs)
+    demo = _verb(verbs, "demo", _demo, "shipped models on embedded images at five budgets")
+    demo.add_argument("--out", default="demo", help="folder for the pictures (default demo)")
+    _verb(verbs, "list", _list, "shipped checkpoints and presets").add_argument("--json", action="store_true")
+    _verb(verbs, "doctor", _doctor, "versions, devices, what is missing").add_argument("--json", action="store_true")
+    return parser
+
+
+def _add_predict(verbs) -> None:
     predict = _verb(verbs, "predict", _predict, "label photos within a budget")
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="path of a photo")
     predict.add_argument("--model", default=DEFAULT_MODEL, help="shipped name, folder or hub id (default %(default)s)")
@@ -276,6 +278,8 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--show", metavar="PNG", help="draw what was looked at")
     _add_common(predict)
 
+
+def _add_train(verbs) -> None:
     train = _verb(verbs, "train", _train, "train or fine-tune a model")
     train.add_argument(
         "--data", required=True, help="image folder, parquet file or folder, hub id, or cluttered-digits"
@@ -294,6 +298,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data(train)
     _add_common(train, "auto")
 
+
+def _add_eval_and_calibrate(verbs) -> None:
     evaluate = _verb(verbs, "eval", _eval, "accuracy and cost on labelled images")
     evaluate.add_argument("model", help="shipped name, folder or hub id")
     evaluate.add_argument("--data", required=True, help="as for train")
@@ -316,12 +322,6 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--max-images", type=int)
     _add_data(calibrate)
     _add_common(calibrate)
-
-    demo = _verb(verbs, "demo", _demo, "shipped models on embedded images at five budgets")
-    demo.add_argument("--out", default="demo", help="folder for the pictures (default demo)")
-    _verb(verbs, "list", _list, "shipped checkpoints and presets").add_argument("--json", action="store_true")
-    _verb(verbs, "doctor", _doctor, "versions, devices, what is missing").add_argument("--json", action="store_true")
-    return parser
 
 
 def _verb(verbs, name: str, function: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:

@@ -62,7 +62,9 @@ def _digits(model: Iret, out: Path, say: Say, print_table: PrintTable) -> tuple[
     )
     rows = []
     for index in range(NUM_DRAWN):
-        pixels, label = data[index]
+        item = data[index]
+        assert item is not None  # made by us, never corrupt
+        pixels, label = item
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         answer, trace = predict(model, image, thresholds=model.thresholds(BUDGETS[-1]))
         rows.append(draw_focus(model, image, trace, f"a {data.class_names[label]}, seen as {answer.label}"))

@@ -1,6 +1,6 @@
 """Pictures: what a model looked at coarsely, in detail, and dropped; accuracy against cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from iret.model import Iret
 from iret.output import Trace
+from iret.runtime.preprocess import Source, open_image
 
 PANEL = 288  # pixels along the longer side of one panel
 MARGIN = 10
@@ -15,13 +16,14 @@ DIM = 0.18  # brightness of dropped patches
 OUTLINE = (255, 176, 0)  # amber: told apart from photos and by colour-blind eyes
 
 
-def draw_focus(model: Iret, image: object, trace: Trace, title: str = "") -> Image.Image:
+def draw_focus(model: Iret, image: Source, trace: Trace, title: str = "") -> Image.Image:
     """One row of panels: the photo as the model got it, then each stage as it saw it.
 
     A patch is drawn at the resolution its token holds: coarse squares where only coarse bands were read, sharper with an
     amber outline where details were added on the way into the stage, dark where it was dropped.
     """
-    photo = Image.fromarray(model.preprocessing.fit(image if isinstance(image, Image.Image) else _open(image)))
+    pixels = model.preprocessing.fit(open_image(image))
+    photo = Image.fromarray(pixels.repeat(3 // pixels.shape[2], axis=2))
     scale = max(1, round(PANEL / max(photo.size)))
     panels = [photo.resize((photo.width * scale, photo.height * scale), Image.Resampling.BICUBIC)]
     captions = ["input"]
@@ -89,7 +91,7 @@ def stack(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def draw_tradeoff(curves: dict[str, tuple[Sequence[float], Sequence[float]]], path: Path, title: str) -> None:
+def draw_tradeoff(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, title: str) -> None:
     """Accuracy (percent) against the share of the full MACs; `curves` maps a name to (shares, accuracies in [0, 1])."""
     from matplotlib.figure import Figure  # slow to load, and only pictures need it
 
@@ -104,9 +106,3 @@ def draw_tradeoff(curves: dict[str, tuple[Sequence[float], Sequence[float]]], pa
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-
-
-def _open(source: object) -> Image.Image:
-    from iret.runtime.preprocess import open_image
-
-    return open_image(source)

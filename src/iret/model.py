@@ -31,7 +31,7 @@ from iret.output import Output, Record
 from iret.runtime.cost import Shape
 from iret.runtime.keep import read_strengths
 from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, check_budget
-from iret.runtime.preprocess import Preprocess
+from iret.runtime.preprocess import Preprocess, Source
 from iret.selection import Choice, accumulate, choose, replace_importance, select, take_images, to_importance
 from iret.tokens import Tokens, pack
 from iret.vit import NORM_EPS, Block, init_linear
@@ -283,7 +283,7 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
             )
         return self.points.thresholds(budget)
 
-    def preprocess(self, images: object) -> Float[Tensor, "B C Y X"]:
+    def preprocess(self, images: Source | list[Source] | np.ndarray) -> Float[Tensor, "B C Y X"]:
         """Photos (a path, bytes, a PIL image, or a list of these) as the model takes them, on its device."""
         return torch.from_numpy(self.preprocessing(images)).to(self.pos_embed.device)
 

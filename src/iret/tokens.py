@@ -22,7 +22,7 @@ class Tokens:
 
     x_TD: Float[Tensor, "T D"]
     cell_T: Int[Tensor, " T"]  # grid cell it came from; -1 for the class token
-    starts: Int[Tensor, " B+1"]
+    starts: Int[Tensor, " B1"]  # B + 1: where each image begins, and the end
     is_even: bool  # every image has T / B tokens, known without reading `starts`
     size_T: Float[Tensor, " T"] | None = None  # patches each token stands for, 0 is masked; None: all 1
 
@@ -61,7 +61,7 @@ def pack(x_BND: Float[Tensor, "B N D"]) -> Tokens:
     )
 
 
-def pad_index(starts: Int[Tensor, " B+1"], width: int) -> tuple[Int[Tensor, "B width"], Bool[Tensor, "B width"]]:
+def pad_index(starts: Int[Tensor, " B1"], width: int) -> tuple[Int[Tensor, "B width"], Bool[Tensor, "B width"]]:
     """Where each of `width` places per image reads its token, and whether there is one (else it reads token 0)."""
     places = torch.arange(width, device=starts.device)
     is_live = places < starts.diff()[:, None]

@@ -70,7 +70,9 @@ def test_a_budget_outside_zero_to_one_is_refused(budget):
 
 def test_points_out_of_order_are_refused():
     with pytest.raises(ValueError, match="ordered from the dearest to the cheapest"):
-        OperatingPoints(data="", num_images=1, full_macs=10, points=(point(1.0, 0.1, (1.0, 1.0)), point(2.0, 0.2, (0.0, 0.0))))
+        OperatingPoints(
+            data="", num_images=1, full_macs=10, points=(point(1.0, 0.1, (1.0, 1.0)), point(2.0, 0.2, (0.0, 0.0)))
+        )
 
 
 def test_an_empty_table_is_refused():

@@ -39,9 +39,7 @@ TINY = Recipe(
     sampled_until=0.5,
 )
 # Without draws that each process makes for itself, two processes see exactly what one does.
-PLAIN = replace(
-    TINY, name="plain", drop_path_rate=0.0, crop_padding=0, min_crop=1.0, flip=False, cutmix=0.0, mixup=0.0
-)
+PLAIN = replace(TINY, name="plain", drop_path_rate=0.0, crop_padding=0, min_crop=1.0, flip=False, cutmix=0.0, mixup=0.0)
 
 
 def write_images(folder: Path, num_train: int = 80, num_val: int = 8) -> Path:
@@ -227,5 +225,5 @@ def test_a_truncated_state_is_refused(tmp_path: Path) -> None:
 
 def test_more_in_a_batch_than_images_is_refused(tmp_path: Path) -> None:
     data = str(write_images(tmp_path / "data", num_train=4))
-    with pytest.raises(ValueError, match="batch_size=8 .* does not fit 4 training images"):
+    with pytest.raises(ValueError, match=r"batch_size=8 .* does not fit 4 training images"):
         train(TINY, RunOptions(data=data, out=tmp_path / "out", device="cpu"))

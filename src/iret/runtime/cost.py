@@ -63,9 +63,9 @@ class Shape:
         ):
             if value not in names:
                 raise ValueError(f"{what}={value!r} is unknown; choose from {', '.join(names)}.")
-        for name in ("in_chans", "num_classes", "mlp_ratio", "scored_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name, least in (("in_chans", 1), ("num_classes", 0), ("mlp_ratio", 1), ("scored_blocks", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Shape":

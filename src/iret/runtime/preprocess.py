@@ -1,6 +1,6 @@
 """From a photo to what a model takes: opening with limits, resizing, normalising. NumPy and Pillow only.
 
-    path, bytes or PIL image -> RGB, upright -> resized and cropped, uint8 [Y, X, C] -> float32 [B, C, Y, X]
+path, bytes or PIL image -> RGB, upright -> resized and cropped, uint8 [Y, X, C] -> float32 [B, C, Y, X]
 """
 
 import io
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -89,7 +89,9 @@ class Preprocess:
         if min(self.img_size) < 1 or not 0 < self.crop_ratio <= 1:
             raise ValueError(f"img_size={self.img_size} must be positive and crop_ratio={self.crop_ratio} in (0, 1].")
         if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation={self.interpolation!r} is unknown; choose from {', '.join(INTERPOLATIONS)}.")
+            raise ValueError(
+                f"interpolation={self.interpolation!r} is unknown; choose from {', '.join(INTERPOLATIONS)}."
+            )
 
     def fit(self, image: Image.Image) -> np.ndarray:
         """uint8 [Y, X, C]: the centre, at `crop_ratio` of the largest crop of this shape; the aspect is kept."""
@@ -107,14 +109,16 @@ class Preprocess:
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [..., Y, X, C] to float32 [..., C, Y, X]."""
-        scaled = (pixels.astype(np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
+        scaled = (pixels.astype(np.float32) / 255 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
 
     def __call__(self, images: Source | list[Source] | np.ndarray) -> np.ndarray:
         """float32 [B, C, Y, X] from one photo, a list of them, or uint8 [Y, X, C] or [B, Y, X, C] of any size."""
         if isinstance(images, np.ndarray):
             if images.dtype != np.uint8 or images.ndim not in (3, 4):
-                raise ValueError(f"an array of images is uint8 [Y, X, C] or [B, Y, X, C], not {images.dtype} {images.shape}.")
+                raise ValueError(
+                    f"an array of images is uint8 [Y, X, C] or [B, Y, X, C], not {images.dtype} {images.shape}."
+                )
             batch = images[None] if images.ndim == 3 else images
             sources: list = [Image.fromarray(each.squeeze(-1) if each.shape[-1] == 1 else each) for each in batch]
         else:
@@ -132,4 +136,7 @@ class Preprocess:
         known = {field.name for field in fields(cls)}
         if not isinstance(raw, Mapping) or not {"img_size", "mean", "std"} <= set(raw) <= known:
             raise ValueError(f"a preprocess entry has the keys {', '.join(sorted(known))}, not {raw!r}.")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+        fixed: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()
+        }
+        return cls(**fixed)

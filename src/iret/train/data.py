@@ -34,7 +34,7 @@ class ImageData(Dataset):
 
     def __init__(
         self,
-        rows: Sequence[int],
+        rows: Sequence[int] | np.ndarray,
         read: Callable[[int], tuple[Source | np.ndarray, int]],
         class_names: Sequence[str],
         preprocess: Preprocess,
@@ -98,6 +98,7 @@ def open_data(
 
 def _split(parts: dict, split: str, spec: str, preprocess: Preprocess, on_corrupt: str) -> ImageData:
     """A split of the data, or what stands in for it."""
+    rows: Sequence[int] | np.ndarray
     wanted = "val" if split == "test" and "test" not in parts else split
     if wanted in parts and not (wanted == "train" and "val" not in parts):
         part = parts[wanted]
@@ -141,14 +142,18 @@ class _Parquet:
 
     def __init__(self, files: Sequence[Path], label_column: str | None) -> None:
         try:
-            table = pa.concat_tables([pq.read_table(file, memory_map=True) for file in files], promote_options="default")
+            table = pa.concat_tables(
+                [pq.read_table(file, memory_map=True) for file in files], promote_options="default"
+            )
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{files[0]} is not a parquet file that can be read ({error}).") from error
         image = _find_image_column(table, files[0])
         label = _find_label_column(table.column_names, label_column, str(files[0]))
         if table[label].null_count:
             row = int(np.flatnonzero(table[label].is_null().to_numpy())[0])
-            raise ValueError(f"column {label!r} of {files[0]} has no label in row {row} ({table[label].null_count} in all).")
+            raise ValueError(
+                f"column {label!r} of {files[0]} has no label in row {row} ({table[label].null_count} in all)."
+            )
         self.images = table[image].combine_chunks() if table.nbytes < 2**31 else table[image]
         if pa.types.is_struct(self.images.type):
             self.images = (
@@ -201,7 +206,9 @@ def _folder_splits(path: Path) -> dict:
                 parts[split] = _Folder(path / name)
     parts = parts or {"train": _Folder(path)}
     if not any(len(part) for part in parts.values()):
-        raise ValueError(f"{path} holds no images in class folders; expected {path}/CLASS/IMAGE or {path}/train/CLASS/IMAGE.")
+        raise ValueError(
+            f"{path} holds no images in class folders; expected {path}/CLASS/IMAGE or {path}/train/CLASS/IMAGE."
+        )
     return parts
 
 
@@ -248,7 +255,9 @@ def _find_image_column(table: pa.Table, file: Path) -> str:
             return field.name
         if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
             return field.name
-    raise ValueError(f"{file} has no image column (binary, or a struct with bytes), only {', '.join(table.column_names)}.")
+    raise ValueError(
+        f"{file} has no image column (binary, or a struct with bytes), only {', '.join(table.column_names)}."
+    )
 
 
 def _find_label_column(columns: Sequence[str], wanted: str | None, source: str) -> str:
@@ -283,21 +292,21 @@ def make_loader(
     seed: int,
     epoch: int,
     shuffle: bool,
-    rank: int = 0,
-    world_size: int = 1,
+    share: tuple[int, int] = (0, 1),
     workers: int = 0,
     start_batch: int = 0,
     drop_last: bool,
 ) -> Iterator[Batch]:
-    """Batches (images, labels, corrupt ones left out) of this process; `batch_size` counts all processes together.
+    """Batches (images, labels, corrupt ones left out) of one process; `batch_size` counts all processes together.
 
+    `share` is (rank, number of processes): each takes its part of every global batch.
     Batches before `start_batch` are passed over without decoding anything.
     """
     order = np.random.default_rng([seed, epoch]).permutation(len(data)) if shuffle else np.arange(len(data))
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     if drop_last and len(batches[-1]) < batch_size:
         batches.pop()
-    own = [np.array_split(batch, world_size)[rank].tolist() for batch in batches[start_batch:]]
+    own = [np.array_split(batch, share[1])[share[0]].tolist() for batch in batches[start_batch:]]
     return iter(DataLoader(data, batch_sampler=own, collate_fn=collate, num_workers=workers))
 
 

@@ -41,9 +41,7 @@ class ClutteredDigits:
 
     class_names = tuple(str(digit) for digit in range(10))
 
-    def __init__(
-        self, split: str, size: tuple[int, int] = (64, 64), length: int | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, split: str, size: tuple[int, int] = (64, 64), length: int | None = None, seed: int = 0) -> None:
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is unknown; choose from {', '.join(SPLITS)}.")
         if min(size) < 64:

@@ -103,7 +103,7 @@ def cifar10_pico_cpu() -> Recipe:
     return Recipe(
         name="cifar10_pico_cpu",
         model="iret_pico",
-        epochs=12,
+        epochs=6,
         batch_size=125,
         lr=1.5e-3,
         warmup_epochs=1,
