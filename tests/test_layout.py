@@ -23,7 +23,7 @@ LEVELS = (
     {"vit", "selection"},
     {"model", "output", "systems", "policies", "presets"},
     {"zoo"},
-    {"train", "export", "calibrate", "evaluate", "predict", "draw"},
+    {"train", "export", "calibrate", "card", "evaluate", "predict", "draw"},
     {"cli", "demo", "serve", "sweep"},
 )
 # What `pip install iret` alone can load: at import time the standard library, the base dependencies and each other.

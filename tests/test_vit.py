@@ -29,7 +29,7 @@ def ragged(counts: tuple[int, ...], dim: int) -> Tokens:
 
 @pytest.mark.parametrize(("img_size", "in_chans"), [((32, 32), 3), ((16, 40), 1)])
 def test_a_timm_vit_loads_unmapped_and_answers_the_same(img_size, in_chans):
-    timm = pytest.importorskip("timm", reason="run as `make test` does: PYTHONPATH=tests", exc_type=RuntimeError)
+    timm = pytest.importorskip("timm")  # a RuntimeError here: run as `make test` does, with PYTHONPATH=tests
     sizes = dict(img_size=img_size, patch_size=8, in_chans=in_chans, embed_dim=48, depth=3, num_heads=4, num_classes=7)
     theirs = randomise(timm.create_model("vit_tiny_patch16_224", pretrained=False, **sizes))
     ours = VisionTransformer(**sizes).eval()
@@ -124,12 +124,12 @@ def test_drop_path_does_nothing_in_eval_mode_or_at_rate_zero():
 def test_drop_path_skips_whole_images_and_scales_up_the_others():
     torch.manual_seed(0)
     tokens = ragged((2, 3, 1) * 20, 4)
-    out = DropPath(0.25).train()(torch.ones(len(tokens.cell_T), 4), tokens)
-    assert set(out.flatten().tolist()) == {0.0, 1 / torch.tensor(0.75).item()}
+    out = DropPath(0.2).train()(torch.ones(len(tokens.cell_T), 4), tokens)
+    assert set(out.flatten().tolist()) == {0.0, 1.25}
     for image in out.split((2, 3, 1) * 20):
         assert image.unique().numel() == 1
     kept = torch.stack([image[0, 0] > 0 for image in out.split((2, 3, 1) * 20)]).float().mean()
-    assert 0.55 < kept < 0.92  # 60 images at 3/4: three and a half standard errors
+    assert 0.6 < kept < 1.0  # 60 images at 4/5: almost four standard errors
 
 
 def test_drop_path_of_a_dense_batch_skips_whole_images():

@@ -215,6 +215,21 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _card(args: argparse.Namespace) -> int:
+    from iret.card import write_card
+    from iret.train.data import open_data
+    from iret.weights import write_atomically
+    from iret.zoo import load
+
+    folder = Path(args.model)
+    model = load(folder).to(args.device)
+    data = open_data(args.data, "test", model.preprocessing, label_column=args.label_column)
+    text = write_card(model, args.name or folder.name, folder, data, Path(args.data).name, args.max_images)
+    write_atomically(folder / "README.md", text.encode())
+    say(f"written: {folder / 'README.md'}")
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     from iret.demo import run_demo
 
@@ -260,6 +275,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(verbs)
     _add_train(verbs)
     _add_eval_and_calibrate(verbs)
+    card = _verb(verbs, "card", _card, "measure a model folder and write its model card")
+    card.add_argument("model", help="model folder")
+    card.add_argument("--data", required=True, help="as for train; its test images are used")
+    card.add_argument("--name", help="title (default: the folder's name)")
+    card.add_argument("--max-images", type=int)
+    _add_data(card)
+    _add_common(card)
+
     demo = _verb(verbs, "demo", _demo, "shipped models on embedded images at five budgets")
     demo.add_argument("--out", default="demo", help="folder for the pictures (default demo)")
     _verb(verbs, "list", _list, "shipped checkpoints and presets").add_argument("--json", action="store_true")

@@ -7,8 +7,8 @@ find the digit. Originals are split between train, val and test, so no handwriti
 Everything is drawn from a counter-based generator keyed by (seed, split, index) and computed in integers, so the images are
 identical on every machine.
 
-Source: after the cluttered translated MNIST of Mnih et al. 2014, "Recurrent Models of Visual Attention", section 4.1; digits
-from the UCI "Optical Recognition of Handwritten Digits" data (CC BY 4.0) as shipped with scikit-learn.
+Source: after the cluttered translated MNIST of Mnih et al. 2014, "Recurrent Models of Visual Attention"; digits
+from the UCI "Optical Recognition of Handwritten Digits" data as shipped with scikit-learn (`load_digits`).
 """
 
 from functools import cache

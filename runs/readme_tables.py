@@ -1,0 +1,28 @@
+"""Copy the tables of the shipped models' cards into README.md, between its markers. Run it after `runs/ship.sh`."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def tables(card: str) -> list[str]:
+    """All Markdown tables of a card, in order."""
+    return re.findall(r"(?:^\|.*\|\n)+", card, flags=re.MULTILINE)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for folder in sorted((ROOT / "src/iret/checkpoints").iterdir()):
+        accuracy, control = tables((folder / "README.md").read_text())
+        for kind, table in (("accuracy", accuracy), ("control", control)):
+            begin, end = f"<!-- {folder.name} {kind} -->\n", f"<!-- end {folder.name} {kind} -->"
+            text = re.sub(
+                re.escape(begin) + r".*?" + re.escape(end), lambda _, new=begin + table + end: new, text, flags=re.S
+            )
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Turn a finished run into a checkpoint of the package: measure it on the test images, write its card, copy what is shipped.
+#   runs/ship.sh RUN_FOLDER NAME DATA
+set -euo pipefail
+run=$1 name=$2 data=$3
+target="$(dirname "$0")/../src/iret/checkpoints/$name"
+iret card "$run" --data "$data" --name "$name"
+mkdir -p "$target"
+cp "$run"/{config.json,model.safetensors,points.json,recipe.json,log.csv,README.md} "$target/"
+ls -l "$target"

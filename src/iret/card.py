@@ -1,0 +1,114 @@
+"""The model card: what a checkpoint is, how it was trained, what it scores. Every figure in it is measured when it is written."""
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from iret.evaluate import Score, Setting, evaluate
+from iret.model import Iret
+from iret.runtime.cost import full_macs
+from iret.train.checkpoint import FILE_NAME as STATE_NAME
+from iret.train.data import ImageData
+
+BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)
+DROPS = (0.3, 0.5, 0.7)  # share of live patches dropped at each transition, for the comparison with random choice
+NUM_SEEDS = 3
+
+TERMS = {
+    "cluttered-digits": "Made from the UCI data set *Optical Recognition of Handwritten Digits* as scikit-learn distributes it; "
+    "its terms are at https://archive.ics.uci.edu/dataset/80.",
+    "cifar10": "CIFAR-10 (JPEG): CIFAR-10 re-encoded as JPEG, so figures are not exactly those on the original PNGs. Its card on "
+    "the Hugging Face hub (uoft-cs/cifar10) gives its licence as unknown and its source as 80 Million Tiny Images: "
+    "check whether your use of weights trained on it is allowed.",
+}
+
+
+def write_card(
+    model: Iret, title: str, folder: Path, data: ImageData, data_name: str, max_images: int | None = None
+) -> str:
+    """The card as Markdown. `data` is the test split; the training state in `folder` says how the model was trained."""
+    budgets = [budget for budget in BUDGETS if model.points and budget >= model.points.cheapest_budget]
+    settings = [Setting(thresholds=model.thresholds(budget)) for budget in budgets]
+    scores = evaluate(model, data, settings, max_images=max_images)
+    header = ["---", "library_name: iret", "license: apache-2.0", "pipeline_tag: image-classification", "---"]
+    what = (
+        f"`{model.name}` for {model.num_classes} classes of {data_name}: {model.shape.img_size[0]} x "
+        f"{model.shape.img_size[1]} px, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{full_macs(model.shape):,} MACs at full budget. This card was written by `iret card`."
+    )
+    control = (
+        "The same number of patches in every image (top-k), chosen by attention or at random "
+        f"({NUM_SEEDS} seeds, mean and range):"
+    )
+    measured = f"{scores[0].num_images} test images, all rows from these weights; thresholds found on other images."
+    parts = [
+        [f"# {title}"],
+        [what],
+        ["## Accuracy and cost"],
+        [measured],
+        _budget_table(model, budgets, scores),
+        ["## Is it the attention?"],
+        [control],
+        _control_table(_compare_choices(model, data, max_images)),
+        ["## Training"],
+        [_training(folder)],
+        ["## Terms of the data"],
+        [TERMS.get(data_name, "Not known to this package; ask whoever gave you the data.")],
+    ]
+    return "\n".join(header) + "\n" + "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def _compare_choices(model: Iret, data: ImageData, max_images: int | None) -> list[tuple[Score, list[Score]]]:
+    """Per share dropped: the score by attention, and those at random, the same number of patches in every image."""
+    compared = []
+    for drop in DROPS:
+        setting = Setting(thresholds=(drop,) * len(model.transitions), rule="topk")
+        (chosen,) = evaluate(model, data, [setting], max_images=max_images)
+        others = []
+        for seed in range(NUM_SEEDS):
+            torch.manual_seed(seed)
+            others += evaluate(model, data, [replace(setting, control="random")], max_images=max_images)
+        compared.append((chosen, others))
+    return compared
+
+
+def _budget_table(model: Iret, budgets: list[float], scores: list[Score]) -> list[str]:
+    lines = ["| budget | top-1 | of full MACs | patches a stage | heads of all stages |", "|---|---|---|---|---|"]
+    for budget, score in zip(budgets, scores, strict=True):
+        kept, heads = (
+            " / ".join(f"{value:.1f}" for value in values)
+            for values in (score.kept_mean, [100 * accuracy for accuracy in score.stage_accuracy])
+        )
+        share = score.macs_mean / full_macs(model.shape)
+        lines.append(f"| {budget:g} | {score.accuracy:.2%} | {share:.1%} | {kept} | {heads} |")
+    return lines
+
+
+def _control_table(compared: list[tuple[Score, list[Score]]]) -> list[str]:
+    lines = ["| patches a stage | by attention | at random | difference (points) |", "|---|---|---|---|"]
+    for chosen, others in compared:
+        accuracies = [other.accuracy for other in others]
+        mean = statistics.mean(accuracies)
+        kept = " / ".join(f"{count:.0f}" for count in chosen.kept_mean)
+        spread = f"{min(accuracies):.2%} to {max(accuracies):.2%}"
+        gain = 100 * (chosen.accuracy - mean)
+        lines.append(f"| {kept} | {chosen.accuracy:.2%} | {mean:.2%} ({spread}) | {gain:+.2f} |")
+    return lines
+
+
+def _training(folder: Path) -> str:
+    """What the training state beside the weights says."""
+    if not (folder / STATE_NAME).exists():
+        return "No training state lies beside these weights."
+    with safe_open(folder / STATE_NAME, framework="pt") as file:
+        metadata = file.metadata()
+    recipe, progress = json.loads(metadata["recipe"]), json.loads(metadata["progress"])
+    settings = ", ".join(f"{name}={value}" for name, value in recipe.items() if name != "name")
+    return (
+        f"Recipe `{recipe['name']}`, seed {progress['seed']}: {progress['step']} steps in "
+        f"{progress['time_s'] / 60:.0f} minutes ({settings})."
+    )
