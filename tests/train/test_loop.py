@@ -26,7 +26,7 @@ from iret.train.recipe import Recipe
 TINY = Recipe(
     name="tiny",
     model="iret_pico",
-    epochs=2,
+    epochs=2.0,
     batch_size=8,
     lr=1e-3,
     warmup_epochs=0.2,
@@ -227,3 +227,11 @@ def test_more_in_a_batch_than_images_is_refused(tmp_path: Path) -> None:
     data = str(write_images(tmp_path / "data", num_train=4))
     with pytest.raises(ValueError, match=r"batch_size=8 .* does not fit 4 training images"):
         train(TINY, RunOptions(data=data, out=tmp_path / "out", device="cpu"))
+
+
+def test_bf16_goes_through_all_three_parts_of_a_run(tmp_path: Path) -> None:
+    data = str(write_images(tmp_path / "data", num_train=16))
+    recipe = replace(TINY, precision="bf16-mixed", full_until=0.3, sampled_until=0.6)
+    train(recipe, RunOptions(data=data, out=tmp_path / "out", device="cpu", steps=6))
+    weights = iret.load(tmp_path / "out").state_dict()
+    assert all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in weights.values())

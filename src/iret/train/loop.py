@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -32,7 +31,7 @@ from iret.model import Iret
 from iret.train.augment import Augmenter
 from iret.train.checkpoint import Progress, load_state, save_state
 from iret.train.data import ImageData, make_loader, open_data
-from iret.train.loss import Objective, draw_thresholds
+from iret.train.loss import Objective, autocast, draw_thresholds
 from iret.train.recipe import Recipe
 from iret.weights import write_atomically
 from iret.zoo import create_model, load
@@ -80,7 +79,7 @@ def train(recipe: Recipe, options: RunOptions) -> Report:
     """
     if not options.resume and (options.out / "train_state.safetensors").exists():
         raise ValueError(f"{options.out} holds a run already; go on with --resume or choose another --out.")
-    fabric = _launch(options.device, recipe.precision)
+    fabric = _launch(options.device)
     torch.manual_seed(options.seed)
     model, teacher = build_model(recipe, options), load(recipe.teacher) if recipe.teacher else None
     data = _open(options, "train", model)
@@ -130,14 +129,13 @@ def _open(options: RunOptions, split: str, model: Iret) -> ImageData:
     )
 
 
-def _launch(device: str, precision: Any) -> Fabric:
+def _launch(device: str) -> Fabric:
     """One process, or the ones `torchrun` started."""
     local, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     fabric = Fabric(
         accelerator=device,
         devices=local,
         num_nodes=world // local,
-        precision=precision,
         strategy="ddp" if world > 1 else "auto",
     )
     fabric.launch()
@@ -288,7 +286,7 @@ class _Run:
     def _evaluate(self) -> tuple[float, float]:
         """Accuracy of the running mean on held-out images, everything kept and at threshold 1."""
         settings = [Setting(thresholds=threshold) for threshold in (0.0, 1.0)]
-        with self.fabric.autocast():
+        with autocast(self.recipe.precision, self.fabric.device):
             scores = evaluate(self.ema, self.held_out, settings, max_images=EVAL_IMAGES)
         return scores[0].accuracy, scores[1].accuracy
 

@@ -40,6 +40,14 @@ def draw_thresholds(
     return (drawn * jitter).clamp(max=largest)
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bf16 where it is safe for "bf16-mixed", nothing for "32-true".
+
+    Ours rather than Fabric's, which would also round the images, targets and thresholds to bf16.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+
+
 class Objective(nn.Module):
     """The model under training with everything its loss needs."""
 
@@ -56,6 +64,12 @@ class Objective(nn.Module):
         is_sandwich: bool,
     ) -> dict[str, Tensor]:
         """The parts of the loss, "loss" their weighted sum. `thresholds` None: nothing is dropped."""
+        with autocast(self.recipe.precision, images.device):
+            return self._parts(images, targets, thresholds, is_sandwich)
+
+    def _parts(
+        self, images: Tensor, targets: Tensor, thresholds: Tensor | None, is_sandwich: bool
+    ) -> dict[str, Tensor]:
         recipe = self.recipe
         first = self.model.run(images, 0.0 if thresholds is None or is_sandwich else thresholds).trace.stage_logits
         last = first[-1]

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run. Shares and rates are in [0, 1]; `batch_size` is that of all processes together."""
@@ -27,7 +30,7 @@ class Recipe:
     clip_norm: float = 1.0
     ema_decay: float = 0.9998
     drop_path_rate: float = 0.1
-    precision: str = "bf16-mixed"
+    precision: str = "bf16-mixed"  # or "32-true"
     # augmentation
     crop_padding: int = 0  # pixels around the image before a random crop; 0: a random resized crop instead
     min_crop: float = 0.35  # smallest share of the area in a random resized crop
@@ -46,13 +49,17 @@ class Recipe:
     teacher: str | None = None  # a model name, folder or hub id whose logits are learned too
     teacher_weight: float = 0.5
 
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} is unknown; choose from {', '.join(PRECISIONS)}.")
+
 
 def images_tiny() -> Recipe:
     """Any photos at 224 px from scratch, `iret_tiny`, DeiT's augmentation. Not run at full length here."""
     return Recipe(
         name="images_tiny",
         model="iret_tiny",
-        epochs=300,
+        epochs=300.0,
         batch_size=512,
         lr=5e-4,
         rand_augment=(2, 9),
@@ -66,10 +73,10 @@ def fine_tune() -> Recipe:
     return Recipe(
         name="fine_tune",
         model="iret_tiny",
-        epochs=30,
+        epochs=30.0,
         batch_size=128,
         lr=2e-4,
-        warmup_epochs=1,
+        warmup_epochs=1.0,
         ema_decay=0.998,
         drop_path_rate=0.05,
         min_crop=0.6,
@@ -83,7 +90,7 @@ def digits_nano() -> Recipe:
     return Recipe(
         name="digits_nano",
         model="iret_nano",
-        epochs=8,
+        epochs=8.0,
         batch_size=100,
         lr=1e-3,
         warmup_epochs=0.5,
@@ -103,10 +110,10 @@ def cifar10_pico_cpu() -> Recipe:
     return Recipe(
         name="cifar10_pico_cpu",
         model="iret_pico",
-        epochs=6,
+        epochs=6.0,
         batch_size=125,
         lr=1.5e-3,
-        warmup_epochs=1,
+        warmup_epochs=1.0,
         ema_decay=0.997,
         drop_path_rate=0.0,
         crop_padding=4,
@@ -121,10 +128,10 @@ def cifar10_pico() -> Recipe:
     return replace(
         cifar10_pico_cpu(),
         name="cifar10_pico",
-        epochs=300,
+        epochs=300.0,
         batch_size=500,
         lr=2e-3,
-        warmup_epochs=10,
+        warmup_epochs=10.0,
         ema_decay=0.9995,
         drop_path_rate=0.1,
         rand_augment=(2, 9),
@@ -137,7 +144,7 @@ def cifar10_pico() -> Recipe:
 
 def tiny_imagenet_nano() -> Recipe:
     """`iret_nano` on Tiny-ImageNet (64 px, 200 classes) with a GPU."""
-    return replace(cifar10_pico(), name="tiny_imagenet_nano", model="iret_nano", epochs=200, crop_padding=8)
+    return replace(cifar10_pico(), name="tiny_imagenet_nano", model="iret_nano", epochs=200.0, crop_padding=8)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
