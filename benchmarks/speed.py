@@ -31,13 +31,13 @@ RATIOS = (1.0, 1.5, 2.5, 4.0, 6.0)
 
 def static_forward(model: iret.Iret, images: Tensor, counts: list[int]) -> Tensor:
     """The model at fixed patch counts per stage, taking the first patches: the ceiling."""
-    tokens, bands = model._embed(images)
+    tokens, patches = model._embed(images)
     x = tokens.x_TD[None]
     for index, (stage, count) in enumerate(zip(model.stages, counts, strict=True)):
         if index:
             transition, level = model.transitions[index - 1], model.shape.detail_level(index)
             x = x[:, : count + 1]
-            details = model.lifting.details(bands[level - 1][:count], level)
+            details = model.lifting.details(patches[:count], level)
             x = transition.widen(transition.norm(x)) + transition.pos_embed[:, : count + 1]
             x[:, 1:] += transition.detail_embed(transition.detail_norm(details.flatten(1)))
         for block in stage.blocks:

@@ -686,6 +686,16 @@ def test_the_hub_mixin_reads_a_folder_without_network(tmp_path, monkeypatch):
         assert again.points == model.points
 
 
+def test_the_hub_mixin_refuses_what_load_refuses(tmp_path):
+    saved(tmp_path)
+    edit_config(tmp_path, format=2, shape=dict(sides=[32, 48]))
+    with pytest.raises(ValueError, match="config.json has format 2; this version of iret reads 1"):
+        Iret.from_pretrained(tmp_path)
+    edit_config(tmp_path, format=1)
+    with pytest.raises(ValueError, match="config.json is not the configuration of an Iret"):
+        Iret.from_pretrained(tmp_path)
+
+
 def test_a_full_disk_leaves_the_old_model_whole(tmp_path, monkeypatch):
     model, images = saved(tmp_path), make_images()
     with monkeypatch.context() as patch:

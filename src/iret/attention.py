@@ -152,12 +152,13 @@ def _places(tokens: Tokens) -> tuple[Int[Tensor, "B N"], Tensor]:
 def _over_patches(q_BQHE: Tensor, k: Tensor, tokens: Tokens, query_is_live: Tensor | None = None) -> Tensor:
     """Softmax of the given queries over the patches of their image, mean over heads and (live) queries, packed."""
     batch, scale = tokens.batch_size, q_BQHE.shape[-1] ** -0.5
+    q_BHEQ = (q_BQHE * scale).permute(0, 2, 3, 1)
     if tokens.is_even:
         k_BNHE, is_live = k.unflatten(0, (batch, -1))[:, 1:], None
     else:
         index, is_live = _places(tokens)
         k_BNHE, is_live = k[index][:, 1:], is_live[:, 1:]
-    logits = (q_BQHE * scale).transpose(1, 2) @ k_BNHE.permute(0, 2, 3, 1)  # [B, H, Q, N]
+    logits = (k_BNHE.transpose(1, 2) @ q_BHEQ).mT  # [B, H, Q, N]
     if tokens.size_T is not None:
         size = tokens.size_T.view(batch, -1) if is_live is None else tokens.size_T[index]
         logits = logits + size[:, None, None, 1:].log()

@@ -50,6 +50,23 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         say("  ".join(cells).rstrip())
 
 
+def _check_device(name: str) -> str:
+    """Raises ValueError for a device that torch does not have here; torch itself has several ways to fail."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here; `iret doctor` lists those that can.") from error
+    return name
+
+
+def _open_data(args: argparse.Namespace, split: str, model):
+    from iret.train.data import open_data
+
+    return open_data(args.data, split, model.preprocessing, on_corrupt=args.on_corrupt, label_column=args.label_column)
+
+
 # ---- verbs
 
 
@@ -59,7 +76,7 @@ def _predict(args: argparse.Namespace) -> int:
     from iret.runtime.preprocess import open_image
     from iret.zoo import load
 
-    model = load(args.model).to(args.device)
+    model = load(args.model).to(_check_device(args.device))
     if args.threshold is not None:
         thresholds = read_thresholds(args.threshold)
     else:
@@ -110,7 +127,7 @@ def _train(args: argparse.Namespace) -> int:
         data=args.data,
         out=out,
         seed=args.seed,
-        device=args.device,
+        device=args.device if args.device == "auto" else _check_device(args.device),
         steps=args.steps,
         resume=args.resume,
         init=args.init,
@@ -126,6 +143,8 @@ def _train(args: argparse.Namespace) -> int:
         report = train(recipe, options)
     except KeyboardInterrupt:
         return _fail(f"stopped and saved; go on with: {again}", 130)
+    if args.json:
+        print(json.dumps(asdict(report) | {"out": str(out)}))
     if report.skipped:
         say(f"{report.skipped} corrupt images were skipped; --on-corrupt stop names the first.")
     if not report.is_finished:
@@ -139,10 +158,9 @@ def _eval(args: argparse.Namespace) -> int:
     from iret.evaluate import Setting, evaluate
     from iret.predict import read_thresholds
     from iret.runtime.cost import full_macs
-    from iret.train.data import open_data
     from iret.zoo import load
 
-    model = load(args.model).to(args.device)
+    model = load(args.model).to(_check_device(args.device))
     if args.threshold is not None:
         names, thresholds = [" ".join(args.threshold)], [read_thresholds(args.threshold)]
     else:
@@ -152,18 +170,13 @@ def _eval(args: argparse.Namespace) -> int:
         Setting(thresholds=each, exit_confidence=args.exit_confidence, rule=args.rule, control=args.control)
         for each in thresholds
     ]
-    data = open_data(
-        args.data, args.split, model.preprocessing, on_corrupt=args.on_corrupt, label_column=args.label_column
-    )
+    data = _open_data(args, args.split, model)
     scores = evaluate(
         model, data, settings, batch_size=args.batch_size, max_images=args.max_images, workers=args.workers
     )
     if args.json:
-        print(
-            json.dumps(
-                {"model": args.model, "data": args.data, "split": args.split, "scores": [asdict(s) for s in scores]}
-            )
-        )
+        found = {"model": args.model, "data": args.data, "split": args.split, "scores": [asdict(s) for s in scores]}
+        print(json.dumps(found))
         return 0
     full = full_macs(model.shape)
     say(f"{args.model} on {args.data} ({args.split}), {scores[0].num_images} images, {scores[0].num_skipped} skipped")
@@ -189,17 +202,19 @@ def _eval(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     from iret.calibrate import calibrate
     from iret.runtime.points import FILE_NAME
-    from iret.train.data import open_data
     from iret.weights import write_atomically
     from iret.zoo import load
 
-    model = load(args.model).to(args.device)
+    model = load(args.model).to(_check_device(args.device))
     folder = Path(args.out or args.model)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a model folder to write {FILE_NAME} into; give one with --out.")
-    data = open_data(args.data, "val", model.preprocessing, label_column=args.label_column)
+    data = _open_data(args, "val", model)
     points = calibrate(model, data, data_name=Path(args.data).name, max_images=args.max_images, workers=args.workers)
     write_atomically(folder / FILE_NAME, points.to_json().encode())
+    if args.json:
+        print(json.dumps(asdict(points)))
+        return 0
     print_table(
         ("thresholds", "top-1", "of full"),
         [
@@ -217,16 +232,17 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _card(args: argparse.Namespace) -> int:
     from iret.card import write_card
-    from iret.train.data import open_data
     from iret.weights import write_atomically
     from iret.zoo import load
 
     folder = Path(args.model)
-    model = load(folder).to(args.device)
-    data = open_data(args.data, "test", model.preprocessing, label_column=args.label_column)
+    model = load(folder).to(_check_device(args.device))
+    data = _open_data(args, "test", model)
     text = write_card(model, args.name or folder.name, folder, data, Path(args.data).name, args.max_images)
     write_atomically(folder / "README.md", text.encode())
     say(f"written: {folder / 'README.md'}")
+    if args.json:
+        print(json.dumps({"card": str(folder / "README.md")}))
     return 0
 
 

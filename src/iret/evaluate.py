@@ -51,6 +51,8 @@ def evaluate(
     Raises:
         ValueError: no image could be read, or the data's classes are not the model's.
     """
+    if batch_size < 1 or (max_images is not None and max_images < 1):
+        raise ValueError(f"batch_size={batch_size} and max_images={max_images} must be 1 or more.")
     check_classes(model, data)
     model.eval()
     device = model.pos_embed.device

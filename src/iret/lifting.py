@@ -6,7 +6,7 @@ One step along one axis splits a line into its even and odd samples:
     detail = odd - P(coarse)              only for patches that are looked at again
 
 and is undone by  odd = detail + P(coarse),  even = 2 coarse - U(odd),  whatever U and P are. A level works along the
-width, then along the height; `approximations` runs the update steps of all levels, `details` one level on demand.
+width, then along the height; `coarse` runs the update steps of all levels, `details` one level on demand.
 Nothing crosses a patch's border, so a patch's detail does not depend on whether its neighbour was dropped.
 
 Source: IRET, GLSVLSI 2024, abstract ("learnable 2D lifting scheme"); the order of the steps is the default of the DAWN code
@@ -32,10 +32,13 @@ class LinearOperator(nn.Module):
         self.register_buffer("placement", F.one_hot(taps, length).float(), persistent=False)
         self.register_buffer("identity", torch.tensor([0.0, 1.0, 0.0]), persistent=False)
 
-    def forward(self, x: Float[Tensor, "T C lines length"]) -> Float[Tensor, "T C lines length"]:
+    def matrix(self) -> Float[Tensor, "length length"]:
+        """The operator as a matrix from the left."""
         taps = self.identity + self.weight - self.weight.mean()
-        matrix = (taps[:, None, None] * self.placement).sum(0)
-        return x @ matrix.T.to(x.dtype)
+        return (taps[:, None, None] * self.placement).sum(0)
+
+    def forward(self, x: Float[Tensor, "T C lines length"]) -> Float[Tensor, "T C lines length"]:
+        return x @ self.matrix().mT.to(x.dtype)
 
 
 class DawnOperator(nn.Module):
@@ -56,11 +59,19 @@ class DawnOperator(nn.Module):
         return torch.tanh(self.conv2(F.relu(self.conv1(padded))))
 
 
-class IdentityOperator(nn.Identity):
+class IdentityOperator(nn.Module):
     """U = P = identity: the Haar wavelet, fixed."""
 
     def __init__(self, channels: int, length: int) -> None:
         super().__init__()
+        self.register_buffer("eye", torch.eye(length), persistent=False)
+
+    def matrix(self) -> Float[Tensor, "length length"]:
+        eye: Tensor = self.get_buffer("eye")
+        return eye
+
+    def forward(self, x: Float[Tensor, "T C lines length"]) -> Float[Tensor, "T C lines length"]:
+        return x
 
 
 OPERATORS = dict(zip(LIFTINGS, (LinearOperator, IdentityOperator, DawnOperator), strict=True))
@@ -83,6 +94,18 @@ class LiftingStep(nn.Module):
         """The coarse and the detail half."""
         coarse = self.coarse(x)
         return coarse, x[..., 1::2] - self.predict(coarse)
+
+    def coarse_matrix(self) -> Float[Tensor, "half 2*half"]:
+        """A = (E + U O) / 2 of a linear step."""
+        update = self.update.matrix()
+        return torch.stack([torch.eye(len(update), device=update.device), update], dim=2).flatten(1) / 2
+
+    def matrix(self) -> Float[Tensor, "length length"]:
+        """A above D = O - P A."""
+        coarse, predict = self.coarse_matrix(), self.predict.matrix()
+        odd = torch.eye(len(predict), device=predict.device).repeat_interleave(2, dim=1)
+        odd[:, 0::2] = 0
+        return torch.cat([coarse, odd - _product(predict, coarse)])
 
     def inverse(
         self, coarse: Float[Tensor, "T C lines half"], detail: Float[Tensor, "T C lines half"]
@@ -116,8 +139,29 @@ class Lifting2d(nn.Module):
         self, ll: Float[Tensor, "T C half half"], details: Float[Tensor, "T C 3 half half"]
     ) -> Float[Tensor, "T C 2*half 2*half"]:
         lh, hl, hh = (band.mT for band in details.unbind(2))
-        low, high = self.height.inverse(ll.mT, lh).mT, self.height.inverse(hl, hh).mT
+        low, high = self.height.inverse(ll.mT, lh).mT, self.height.inverse(hl.mT, hh.mT).mT
         return self.width.inverse(low, high)
+
+
+class LinearLifting2d(Lifting2d):
+    """The same level where U and P are matrices: two small products, W_height x W_width^T, several times faster.
+
+    W stacks A = (E + U O) / 2 over D = O - P A, where E and O pick the even and the odd samples.
+    """
+
+    def coarse(self, x: Float[Tensor, "T C Y X"]) -> Float[Tensor, "T C Y//2 X//2"]:
+        return self.height.coarse_matrix().to(x.dtype) @ (x @ self.width.coarse_matrix().mT.to(x.dtype))
+
+    def forward(
+        self, x: Float[Tensor, "T C Y X"]
+    ) -> tuple[Float[Tensor, "T C Y//2 X//2"], Float[Tensor, "T C 3 Y//2 X//2"]]:
+        bands = self.height.matrix().to(x.dtype) @ (x @ self.width.matrix().mT.to(x.dtype))
+        top, bottom = bands.chunk(2, dim=-2)
+        (ll, hl), (lh, hh) = top.chunk(2, dim=-1), bottom.chunk(2, dim=-1)
+        return ll, torch.stack([lh, hl, hh], dim=2)
+
+
+LEVELS = {"linear": LinearLifting2d, "haar": LinearLifting2d, "dawn": Lifting2d}
 
 
 class Lifting(nn.Module):
@@ -125,27 +169,41 @@ class Lifting(nn.Module):
 
     def __init__(self, operator: str, channels: int, patch_size: int, num_levels: int) -> None:
         super().__init__()
-        self.levels = nn.ModuleList(
-            Lifting2d(operator, channels, patch_size // 2**level) for level in range(1, num_levels + 1)
-        )
+        level = LEVELS[operator]
+        self.levels = nn.ModuleList(level(operator, channels, patch_size // 2**n) for n in range(1, num_levels + 1))
 
-    def approximations(self, patches: Float[Tensor, "T C P P"]) -> list[Tensor]:
-        """The patches themselves, then the coarse band of each level, the coarsest last; no detail is computed."""
-        bands = [patches]
-        for level in self.levels:
-            bands.append(level.coarse(bands[-1]))
-        return bands
+    def coarse(self, patches: Float[Tensor, "T C P P"]) -> Float[Tensor, "T C p p"]:
+        """The coarsest band of every patch: update steps of all levels, no detail.
 
-    def details(self, finer: Float[Tensor, "K C P P"], level: int) -> Float[Tensor, "K C 3 P//2 P//2"]:
-        """Details of `level` for the given patches; `finer` is their approximation of level - 1."""
-        return self.levels[level - 1](finer)[1]
+        Linear update steps are one matrix from a patch's pixels to its coarse band.
+        """
+        if not isinstance(self.levels[0], LinearLifting2d):
+            for level in self.levels:
+                patches = level.coarse(patches)
+            return patches
+        height, width = self.levels[0].height.coarse_matrix(), self.levels[0].width.coarse_matrix()
+        for level in self.levels[1:]:
+            height, width = _product(level.height.coarse_matrix(), height), _product(level.width.coarse_matrix(), width)
+        both = (height[:, None, :, None] * width[None, :, None, :]).flatten(0, 1).flatten(1)
+        return (patches.flatten(2) @ both.mT.to(patches.dtype)).unflatten(-1, (len(height), len(width)))
 
-    def inverse(self, coarsest: Tensor, details: list[Tensor]) -> Float[Tensor, "T C P P"]:
+    def details(self, patches: Float[Tensor, "K C P P"], level: int) -> Float[Tensor, "K C 3 p p"]:
+        """Details of `level` for the given patches, read again from their pixels."""
+        for finer in self.levels[: level - 1]:
+            patches = finer.coarse(patches)
+        return self.levels[level - 1](patches)[1]
+
+    def inverse(self, coarsest: Float[Tensor, "T C p p"], details: list[Tensor]) -> Float[Tensor, "T C P P"]:
         """The patches again, from the coarsest band and the details of levels 1, 2, ..."""
         x = coarsest
         for level, bands in zip(reversed(self.levels), reversed(details), strict=True):
             x = level.inverse(x, bands)
         return x
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right for matrices so small that it is not counted as work on the image."""
+    return (left[:, :, None] * right).sum(1)
 
 
 def lifting_penalty(

@@ -159,11 +159,11 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
     def forward_features(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
         """Normalised tokens of the last stage with nothing dropped, class token first."""
         self._check_images(images)
-        tokens, bands = self._embed(images)
+        tokens, patches = self._embed(images)
         every = torch.arange(len(images), device=images.device)
         for index, stage in enumerate(self.stages):
             if index:
-                tokens = self._transit(index, tokens, bands, every, None)
+                tokens = self._transit(index, tokens, patches, every, None)
             tokens, _ = stage(tokens, is_scored=False)
         return self.stages[-1].norm(tokens.x_TD).unflatten(0, (len(images), -1))
 
@@ -196,14 +196,14 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         drops = bool(strengths.any())
         strengths_BS2 = torch.from_numpy(strengths.astype(np.float32)).to(images.device)
 
-        tokens, bands = self._embed(images)
+        tokens, patches = self._embed(images)
         record = Record(self.shape, len(images), images.device)
         alive = torch.arange(len(images), device=images.device)  # images that have not exited
         choice = None
         for index, stage in enumerate(self.stages):
             is_last = index == len(self.stages) - 1
             if index:
-                tokens = self._transit(index, tokens, bands, alive, choice)
+                tokens = self._transit(index, tokens, patches, alive, choice)
             tokens, received = stage(tokens, is_scored=drops and not is_last)
             answers = stage.answer(tokens).float()
             record.add(index, alive, choice, answers)
@@ -222,32 +222,31 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
                 tokens = select(tokens, choice.kept, masked)
         return record.finish(scored=drops)
 
-    def _embed(self, images: Tensor) -> tuple[Tokens, list[Tensor]]:
-        """Stage-1 tokens from the coarse bands, and the approximations [B * cells, C, P, P] that details come from."""
+    def _patches(self, images: Tensor) -> Tensor:
+        """[B * cells, C, P, P], image after image."""
         (rows, columns), size = self.shape.grid, self.shape.patch_size
         grid = images.unflatten(3, (columns, size)).unflatten(2, (rows, size))  # [B, C, rows, P, columns, P]
-        bands = self.lifting.approximations(grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))
-        x = self.patch_embed(bands[-1].flatten(1)).unflatten(0, (len(images), -1))
-        return pack(F.pad(x, (0, 0, 1, 0)) + self.pos_embed), bands
+        return grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+    def _embed(self, images: Tensor) -> tuple[Tokens, Tensor]:
+        """Stage-1 tokens from the coarse bands, and the patches that details are read from."""
+        patches = self._patches(images)
+        x = self.patch_embed(self.lifting.coarse(patches).flatten(1)).unflatten(0, (len(images), -1))
+        return pack(F.pad(x, (0, 0, 1, 0)) + self.pos_embed), patches
 
     def _transit(
-        self,
-        stage: int,
-        tokens: Tokens,
-        bands: list[Tensor],
-        alive: Int[Tensor, " b"],
-        choice: Choice | None,
+        self, stage: int, tokens: Tokens, patches: Tensor, alive: Int[Tensor, " b"], choice: Choice | None
     ) -> Tokens:
         """Into `stage` for the images `alive`; without a `choice` every patch gets its details."""
-        level, num_cells = self.shape.detail_level(stage), self.shape.num_patches
-        finer, is_refined = bands[level - 1], None
+        num_cells, is_refined = self.shape.num_patches, None
         if choice is not None:
             image, cell = choice.refined.nonzero(as_tuple=True)
-            finer = finer[alive[image] * num_cells + cell]
+            patches = patches[alive[image] * num_cells + cell]
             is_refined = F.pad(choice.refined, (1, 0)).view(-1)[tokens.grid_index(num_cells)]
-        elif len(alive) * num_cells < len(finer):
-            finer = finer.unflatten(0, (-1, num_cells))[alive].flatten(0, 1)
-        return self.transitions[stage - 1](tokens, self.lifting.details(finer, level), is_refined)
+        elif len(alive) * num_cells < len(patches):
+            patches = patches.unflatten(0, (-1, num_cells))[alive].flatten(0, 1)
+        details = self.lifting.details(patches, self.shape.detail_level(stage))
+        return self.transitions[stage - 1](tokens, details, is_refined)
 
     def _check_images(self, images: Tensor) -> None:
         wanted = (self.shape.in_chans, *self.shape.img_size)
@@ -259,9 +258,7 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
 
     def lifting_loss(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, ""]:
         """The lifting regulariser, mean over levels."""
-        (rows, columns), size = self.shape.grid, self.shape.patch_size
-        grid = images.unflatten(3, (columns, size)).unflatten(2, (rows, size))
-        x = grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        x = self._patches(images)
         losses = []
         for level in self.lifting.levels:
             ll, details = level(x)

@@ -79,4 +79,4 @@ def read_thresholds(words: Sequence[str]) -> object:
         if len(numbers) > 2:
             raise ValueError(f"threshold {word!r} has {len(numbers)} parts; write keep or keep:refine.")
         entries.append(numbers[0] if len(numbers) == 1 else tuple(numbers))
-    return entries[0] if len(entries) == 1 else tuple(entries)
+    return entries[0] if len(entries) == 1 and isinstance(entries[0], float) else tuple(entries)

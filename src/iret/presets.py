@@ -11,7 +11,7 @@ from iret.runtime.cost import Shape
 
 
 def iret_tiny() -> Shape:
-    """224 px, patch 16, widths 64-128-192, depths 4/4/4: 3,401,552 parameters, 697,729,792 MACs."""
+    """224 px, patch 16, widths 64-128-192, depths 4/4/4: 3,401,552 parameters, 703,638,016 MACs."""
     return Shape(
         img_size=(224, 224),
         patch_size=16,
@@ -23,7 +23,7 @@ def iret_tiny() -> Shape:
 
 
 def iret_small() -> Shape:
-    """224 px, patch 16, widths 128-256-384, depths 4/4/4: 12,370,640 parameters, 2,489,134,336 MACs."""
+    """224 px, patch 16, widths 128-256-384, depths 4/4/4: 12,370,640 parameters, 2,495,042,560 MACs."""
     return Shape(
         img_size=(224, 224),
         patch_size=16,
@@ -36,7 +36,7 @@ def iret_small() -> Shape:
 
 
 def iret_base() -> Shape:
-    """224 px, patch 16, widths 256-512-768, depths 4/4/4: 47,020,496 parameters, 9,364,144,384 MACs."""
+    """224 px, patch 16, widths 256-512-768, depths 4/4/4: 47,020,496 parameters, 9,370,052,608 MACs."""
     return Shape(
         img_size=(224, 224),
         patch_size=16,
@@ -49,7 +49,7 @@ def iret_base() -> Shape:
 
 
 def iret_nano() -> Shape:
-    """64 px, patch 8, widths 64-128-192, depths 3/3/3: 2,249,072 parameters, 148,353,280 MACs."""
+    """64 px, patch 8, widths 64-128-192, depths 3/3/3: 2,249,072 parameters, 148,545,280 MACs."""
     return Shape(
         img_size=(64, 64),
         patch_size=8,
@@ -61,7 +61,7 @@ def iret_nano() -> Shape:
 
 
 def iret_pico() -> Shape:
-    """32 px, patch 4, widths 64-128-192, depths 3/3/3: 2,150,774 parameters, 146,598,592 MACs."""
+    """32 px, patch 4, widths 64-128-192, depths 3/3/3: 2,150,774 parameters, 146,619,520 MACs."""
     return Shape(
         img_size=(32, 32),
         patch_size=4,

@@ -102,29 +102,28 @@ class Shape:
         return self.levels - stage + 1
 
 
-def operator_macs(shape: Shape, lines: int, length: int) -> int:
-    """One predict or update over `lines` lines of `length` positions, all channels."""
-    channels = shape.in_chans
-    if shape.lifting == "haar":
-        return 0
-    if shape.lifting == "dawn":
-        return lines * length * (4 * channels * 2 * channels + 2 * channels * channels)
-    return channels * lines * length * length
+def level_macs(shape: Shape, level: int, with_details: bool) -> int:
+    """One lifting level of one patch: its coarse band alone, or all four bands."""
+    half = shape.side(level)
+    channels, side = shape.in_chans, 2 * half
+    if shape.lifting == "dawn":  # two small convolutions a position, along the width and then along the height
+        position = 4 * channels * 2 * channels + 2 * channels * channels
+        return position * half * (2 * (side + side) if with_details else side + half)
+    made = side if with_details else half  # rows of the step's matrix; it has `side` columns
+    return channels * (side * side * made + made * side * made)
 
 
 def coarse_macs(shape: Shape) -> int:
-    """Update steps of all levels, one patch: along the width for every row, then along the height."""
-    total = 0
-    for level in range(1, shape.levels + 1):
-        half = shape.side(level)
-        total += operator_macs(shape, 2 * half, half) + operator_macs(shape, half, half)
-    return total
+    """The coarsest band of one patch; linear update steps of all levels are one matrix."""
+    if shape.lifting == "dawn":
+        return sum(level_macs(shape, level, with_details=False) for level in range(1, shape.levels + 1))
+    return shape.in_chans * shape.patch_size**2 * shape.side(shape.levels) ** 2
 
 
 def detail_macs(shape: Shape, level: int) -> int:
-    """Update and predict of one level, one patch: along the width, then along the height of both halves."""
-    half = shape.side(level)
-    return 2 * operator_macs(shape, 2 * half, half) + 4 * operator_macs(shape, half, half)
+    """The details of one level of one patch, from its pixels."""
+    finer = sum(level_macs(shape, earlier, with_details=False) for earlier in range(1, level))
+    return finer + level_macs(shape, level, with_details=True)
 
 
 def block_macs(shape: Shape, stage: int, tokens: Count) -> Count:

@@ -4,6 +4,7 @@ path, bytes or PIL image -> RGB, upright -> resized and cropped, uint8 [Y, X, C]
 """
 
 import io
+import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000  # a decoded RGB image of this size takes 192 MB
 INTERPOLATIONS = {
@@ -19,6 +20,17 @@ INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
+}
+# EXIF orientation -> what turns the image upright. ImageOps.exif_transpose also writes the EXIF data back, and fails on
+# entries that break the standard, which cameras write.
+TURNS: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 
 Source = str | Path | bytes | BinaryIO | Image.Image
@@ -54,13 +66,15 @@ def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
         try:
             image.load()
             return to_rgb(image)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+        except (OSError, SyntaxError, ValueError, EOFError, TypeError, struct.error) as error:
             raise ValueError(f"{name} is damaged or cut short ({error}); get the file again.") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright RGB; see `open_image`."""
-    image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion clips 16 bits at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -100,7 +114,8 @@ class Preprocess:
         scale = self.crop_ratio * min(image.width / columns, image.height / rows)
         width, height = columns * scale, rows * scale
         left, top = (image.width - width) / 2, (image.height - height) / 2
-        box = (left, top, left + width, top + height)
+        # Clamped: at some sizes rounding puts an edge a hair outside, which Pillow refuses.
+        box = (max(0.0, left), max(0.0, top), min(image.width, left + width), min(image.height, top + height))
         if image.size == (columns, rows) and self.crop_ratio == 1:
             resized = image
         else:
@@ -110,7 +125,7 @@ class Preprocess:
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [..., Y, X, C] to float32 [..., C, Y, X]."""
         scaled = (pixels.astype(np.float32) / 255 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
+        return np.ascontiguousarray(np.moveaxis(scaled, -1, 0))
 
     def __call__(self, images: Source | list[Source] | np.ndarray) -> np.ndarray:
         """float32 [B, C, Y, X] from one photo, a list of them, or uint8 [Y, X, C] or [B, Y, X, C] of any size."""

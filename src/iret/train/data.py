@@ -7,6 +7,7 @@ pure function of (seed, epoch), and the global batches are the same for any numb
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,8 @@ class ImageData(Dataset):
             if self.on_corrupt == "stop":
                 raise ValueError(f"image {row} cannot be read: {error}") from error
             return None
+        if not 0 <= label < self.num_classes:
+            raise ValueError(f"image {row} has label {label}, which is none of the {self.num_classes} classes.")
         pixels = self.preprocess.fit(image)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1), label
 
@@ -112,7 +115,18 @@ def _split(parts: dict, split: str, spec: str, preprocess: Preprocess, on_corrup
     if not len(rows):
         raise ValueError(f"the {split} split of {spec} has no images.")
     names = parts["train"].class_names if "train" in parts else part.class_names
-    return ImageData(rows, part.read, names, preprocess, on_corrupt)
+    strangers = sorted(set(part.class_names) - set(names))
+    if strangers:
+        raise ValueError(f"the {split} split of {spec} has a class {strangers[0]!r}, which its train split lacks.")
+    read = part.read
+    if part.class_names != names:  # a split may lack classes, and then counts them differently
+        read = partial(_read_as, part, [names.index(name) for name in part.class_names])
+    return ImageData(rows, read, names, preprocess, on_corrupt)
+
+
+def _read_as(part, label_of: Sequence[int], row: int) -> tuple[Source, int]:
+    source, label = part.read(row)
+    return source, label_of[label]
 
 
 # ---- sources
@@ -184,8 +198,11 @@ class _Hub:
             raise ValueError(f"{name} has no image column, only {', '.join(dataset.column_names)}.")
         self.image, self.label = columns[0], _find_label_column(dataset.column_names, label_column, name)
         self.dataset = dataset.cast_column(self.image, ImageFeature(decode=False))
+        labels = list(dataset[self.label])
+        if None in labels:
+            raise ValueError(f"column {self.label!r} of {name} has no label in row {labels.index(None)}.")
         names = getattr(dataset.features[self.label], "names", None)
-        self.values = None if names else sorted(set(dataset[self.label]))
+        self.values = None if names else sorted(set(labels))
         self.class_names = names or [str(value) for value in self.values or ()]
 
     def __len__(self) -> int:
@@ -307,7 +324,15 @@ def make_loader(
     if drop_last and len(batches[-1]) < batch_size:
         batches.pop()
     own = [np.array_split(batch, share[1])[share[0]].tolist() for batch in batches[start_batch:]]
-    return iter(DataLoader(data, batch_sampler=own, collate_fn=collate, num_workers=workers))
+    return _in_own_words(DataLoader(data, batch_sampler=own, collate_fn=collate, num_workers=workers))
+
+
+def _in_own_words(loader: DataLoader) -> Iterator[Batch]:
+    """The batches; a worker's ValueError without the traceback that torch writes into its message."""
+    try:
+        yield from loader
+    except ValueError as error:
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def collate(items: Sequence[tuple[Tensor, int] | None]) -> Batch:

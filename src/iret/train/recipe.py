@@ -10,7 +10,6 @@ Source: DeiT's values where not said otherwise; the schedule of dropping is spec
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-
 PRECISIONS = ("32-true", "bf16-mixed")
 
 

@@ -1,0 +1,56 @@
+"""What the documents show runs: README's Python, every recipe, every script, every path in README's tree."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from iret.presets import PRESETS
+from iret.train.recipe import RECIPES, find_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_of_the_readme_runs(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_and_names_a_preset(name: str) -> None:
+    recipe = find_recipe(name)
+    assert recipe.name == name and recipe.model in PRESETS
+    assert 0 <= recipe.full_until <= recipe.sampled_until <= 1
+    assert len(recipe.stage_weights) == PRESETS[recipe.model]().levels
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "runs").glob("*.sh")), ids=lambda path: path.name)
+def test_every_run_script_parses(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_every_benchmark_says_how_to_use_it(script: Path) -> None:
+    said = subprocess.run([sys.executable, str(script), "--help"], check=True, capture_output=True, text=True).stdout
+    assert "--out" in said
+
+
+def test_the_tree_of_the_readme_names_files_that_exist() -> None:
+    tree = re.search(r"## What is where\n\n```\n(.*?)```", README, flags=re.DOTALL)
+    assert tree is not None
+    named = re.findall(r"(?:^  |;  |  )(\w+\.py|\w+/)", tree.group(1), flags=re.MULTILINE)
+    assert len(named) > 15
+    for name in named:
+        assert list(ROOT.glob(f"src/iret/**/{name.rstrip('/')}")), f"{name} is in the tree but not in src/iret"
+
+
+def test_tables_of_the_readme_are_those_of_the_cards() -> None:
+    for folder in sorted((ROOT / "src/iret/checkpoints").iterdir()):
+        for table in re.findall(r"(?:^\|.*\|\n)+", (folder / "README.md").read_text(), flags=re.MULTILINE):
+            assert table in README, f"run runs/readme_tables.py: a table of {folder.name} is not in README.md"
