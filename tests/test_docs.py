@@ -53,4 +53,4 @@ def test_the_tree_of_the_readme_names_files_that_exist() -> None:
 def test_tables_of_the_readme_are_those_of_the_cards() -> None:
     for folder in sorted((ROOT / "src/iret/checkpoints").iterdir()):
         for table in re.findall(r"(?:^\|.*\|\n)+", (folder / "README.md").read_text(), flags=re.MULTILINE):
-            assert table in README, f"run runs/readme_tables.py: a table of {folder.name} is not in README.md"
+            assert table in README, f"run runs/readme.py: a table of {folder.name} is not in README.md"

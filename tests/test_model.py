@@ -22,13 +22,18 @@ CUTS = [0.5, 1.0, (0.8, 1.2), ((0.7, 1.1), (0.8, 1.3)), (0.0, 1.0), ((0.0, 1.0),
 
 
 def make_model(seed: int = 0, **options) -> Iret:
-    """24 patches of 8 x 8, three stages, 5 classes; attention and answers far from uniform, so that thresholds cut."""
+    """24 patches of 8 x 8, three stages, 5 classes; attention and answers far from uniform, so that thresholds cut.
+
+    The lifting is still Haar's, as the references here want it.
+    """
     settings = dict(img_size=(32, 48), patch_size=8, in_chans=3, num_classes=5, embed_dims=(16, 32, 48), head_dim=16)
     torch.manual_seed(seed)
     model = Iret(Shape(**{**settings, "depths": (2, 3, 1), **options})).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("qkv.weight") or "head" in name:
             torch.nn.init.normal_(parameter, std=0.2)
+        elif parameter.dim() == 1 and "lifting" not in name:  # biases and norms, which start as 0 and 1
+            parameter.data += 0.1 * torch.randn(parameter.shape)
     return model
 
 
@@ -195,14 +200,15 @@ def test_every_image_has_its_own_thresholds():
     model, images = make_model(), make_images()
     strengths = torch.tensor([[0.0, 0.0], [0.7, 0.9], [1.0, 0.5], [1.5, 1.5]])
     pairs = torch.stack([strengths, strengths + 0.3], -1)
-    for given in (strengths, strengths.numpy(), pairs):
-        together = model.run(images, given)
+    for given, confidence in ((strengths, None), (strengths.numpy(), None), (pairs, None), (pairs, 0.45)):
+        together = model.run(images, given, confidence)
         for index, image in enumerate(images):
             own = tuple(tuple(each) if given is pairs else each for each in given[index].tolist())
-            alone = model.run(image[None], own)
+            alone = model.run(image[None], own, confidence)
             assert torch.equal(alone.trace.kept[:, 0], together.trace.kept[:, index])
             assert torch.equal(alone.trace.refined[:, 0], together.trace.refined[:, index])
             torch.testing.assert_close(alone.logits[0], together.logits[index], rtol=0, atol=ROUNDING)
+    assert together.trace.exit_stage.unique().numel() > 1
 
 
 def test_shuffling_the_batch_shuffles_the_answers():
@@ -386,6 +392,13 @@ def test_confidence_above_one_never_leaves():
     assert_same(model.run(images, 1.0, 1.01), model.run(images, 1.0))
 
 
+def test_an_image_that_is_exactly_as_sure_as_asked_leaves():
+    model, images = make_model(), make_images(1)
+    sure = model.run(images, 0.9).trace.stage_logits[0].softmax(1).amax().item()
+    assert model.run(images, 0.9, sure).trace.exit_stage.item() == 0
+    assert model.run(images, 0.9, sure + 1e-6).trace.exit_stage.item() > 0
+
+
 @pytest.mark.parametrize("thresholds", [0.0, 0.9, (0.7, (0.8, 1.3))])
 def test_an_image_leaves_at_the_first_stage_that_is_sure_and_the_others_go_on_unchanged(thresholds):
     model, images = make_model(), make_images(8)
@@ -518,10 +531,10 @@ def test_the_lifting_penalty_is_zero_without_details_and_reaches_the_lifting():
 
 
 def test_the_lifting_penalty_is_the_mean_over_levels():
-    # One patch of 8 x 8: columns 0 and 1 in turn. Level 1: HL = 1/2 of three bands; level 2: nothing left.
+    # One patch whose rows are 0 2 4 10, twice. Level 1: coarse 1 and 7, HL 1 and 3; level 2: coarse 4, HL 3.
     model = make_model(img_size=(8, 8), in_chans=1)
-    columns = torch.tensor([0.0, 1.0]).repeat(4).expand(1, 1, 8, 8)
-    assert model.lifting_loss(columns).item() == pytest.approx((0.5 / 3 + 0.0) / 2)
+    columns = torch.tensor([0.0, 2.0, 4.0, 10.0]).repeat(2).expand(1, 1, 8, 8)
+    assert model.lifting_loss(columns).item() == pytest.approx(((1 + 3) / 2 / 3 + 3 / 3) / 2)
 
 
 # ---- budgets

@@ -149,8 +149,10 @@ def test_masked_patches_are_as_good_as_dropped():
 
 
 def test_a_live_patch_without_attention_is_not_dead():
-    importance = to_importance(torch.tensor([0.0, 1.0, 0.0]), pack(torch.zeros(1, 3, 1)), 2)
-    assert importance.tolist() == [[2.0, 0.0]]
+    tokens = pack(torch.zeros(1, 3, 1))
+    for form in (tokens, replace(tokens, is_even=False)):
+        importance = to_importance(torch.tensor([0.0, 1.0, 0.0]), form, 2)
+        assert importance.tolist() == [[2.0, 0.0]]
 
 
 @pytest.mark.parametrize("form", ["dense", "ragged", "masked"])
@@ -226,6 +228,11 @@ def test_masking_sets_sizes_to_zero_and_moves_nothing():
     assert again.is_even
 
 
+def test_masking_leaves_the_sizes_of_those_that_stay():
+    tokens = replace(pack(torch.zeros(1, 4, 1)), size_T=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert select(tokens, torch.tensor([[True, False, True]]), masked=True).size_T.tolist() == [1, 2, 0, 4]
+
+
 def test_taking_images_leaves_the_tokens_of_the_others_behind():
     tokens = Tokens(
         torch.arange(6.0)[:, None],
@@ -248,6 +255,7 @@ def test_inverse_importance_turns_the_order_around():
     other = replace_importance(torch.tensor([[2.0, DEAD, 1.0, 0.0]]), "inverse")
     assert other.argsort(descending=True).tolist() == [[3, 2, 0, 1]]
     assert other[0, 1] == DEAD
+    assert (other[0, [0, 2, 3]] > 0).all()  # shares of the rule `mass`
 
 
 def test_random_importance_lives_where_attention_does_and_forgets_it():

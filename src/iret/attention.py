@@ -37,6 +37,10 @@ def attend(
         q, k, v = (x.unflatten(0, (tokens.batch_size, -1)) for x in (q, k, v))
         bias = None if bias_T is None else bias_T.view(tokens.batch_size, 1, 1, -1)
         return _fused(q, k, v, bias).flatten(0, 1)
+    if torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling():
+        return _attend_padded(
+            q, k, v, tokens.starts, bias_T
+        )  # its gradient is fused; the operator's is for the compiler
     return torch.ops.iret.attend(q, k, v, tokens.starts, bias_T)
 
 
@@ -62,11 +66,14 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None) -> Tensor:
     """Every image padded to the longest, with a key mask: the reference, and the back end of accelerators."""
     index, is_live = pad_index(starts, int(starts.diff().max()))
-    mask = torch.zeros(is_live.shape, dtype=q.dtype, device=q.device).masked_fill(~is_live, float("-inf"))
-    if bias_T is not None:
-        mask = mask + bias_T[index]
-    out = _fused(q[index], k[index], v[index], mask[:, None, None, :])
+    out = _fused(q[index], k[index], v[index], _key_mask(is_live, index, bias_T, q.dtype))
     return out[is_live]
+
+
+def _key_mask(is_live: Tensor, index: Tensor, bias_T: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What padding adds to the logits, [B, 1, 1, N]: -inf where no token is, else the tokens' own bias."""
+    mask = torch.zeros(is_live.shape, dtype=dtype, device=is_live.device).masked_fill(~is_live, float("-inf"))
+    return (mask if bias_T is None else mask + bias_T[index])[:, None, None, :]
 
 
 def _attend_each(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None) -> Tensor:
@@ -97,12 +104,10 @@ def _attend_backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     index, is_live = pad_index(starts, int(starts.diff().max()))
+    mask = _key_mask(is_live, index, bias_T, torch.float32)
     q, k, v, grad = ((x[index] * is_live[..., None, None]).transpose(1, 2) for x in (q, k, v, grad))  # [B, H, N, E]
     scale = q.shape[-1] ** -0.5
-    mask = torch.zeros(is_live.shape, device=q.device).masked_fill(~is_live, float("-inf"))
-    if bias_T is not None:
-        mask = mask + bias_T[index]
-    weights = ((q * scale) @ k.mT + mask[:, None, None]).softmax(-1).to(q.dtype)
+    weights = ((q * scale) @ k.mT + mask).softmax(-1).to(q.dtype)
     grad_weights = grad @ v.mT
     grad_logits = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True))
     grad_q, grad_k, grad_v = grad_logits @ k * scale, grad_logits.mT @ q * scale, weights.mT @ grad
@@ -164,12 +169,12 @@ def _over_patches(q_BQHE: Tensor, k: Tensor, tokens: Tokens, query_is_live: Tens
         logits = logits + size[:, None, None, 1:].log()
     if is_live is not None:
         logits = logits.masked_fill(~is_live[:, None, None], float("-inf"))
-    weights = logits.float().softmax(-1).mean(1)
+    weights = logits.float().softmax(-1)
     if query_is_live is None:
-        weights = weights.mean(1)
+        weights = weights.mean((1, 2))
     else:
         alive = query_is_live[..., None].float()
-        weights = (weights * alive).sum(1) / alive.sum(1)
+        weights = (weights.mean(1) * alive).sum(1) / alive.sum(1)
     weights = F.pad(weights, (1, 0))
     return weights.flatten() if is_live is None else weights[pad_index(tokens.starts, weights.shape[1])[1]]
 

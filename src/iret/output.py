@@ -44,9 +44,10 @@ class Record:
 
     def add(self, stage: int, alive: Tensor, choice: Choice | None, answers: Tensor) -> None:
         """The images `alive` passed `stage` on the patches of `choice` (None: all) and its head said `answers`."""
-        self.kept[stage, alive] = True if choice is None else choice.kept
-        self.refined[stage, alive] = stage > 0 if choice is None else choice.refined
-        self.exit_stage[alive] = stage
+        where = alive if len(alive) < len(self.exit_stage) else slice(None)  # a slice is several times cheaper
+        self.kept[stage, where] = True if choice is None else choice.kept
+        self.refined[stage, where] = stage > 0 if choice is None else choice.refined
+        self.exit_stage[where] = stage
         unanswered = answers.new_full((self.exit_stage.shape[0], answers.shape[1]), float("nan"))
         self.stage_logits.append(unanswered.index_copy(0, alive, answers))
 

@@ -128,6 +128,12 @@ def test_the_limit_of_pixels_is_inclusive():
         open_image(content, max_pixels=79)
 
 
+def test_a_truncated_image_that_was_opened_elsewhere_is_refused():
+    whole = encode(Image.fromarray(noise(64, 64)), "JPEG")
+    with pytest.raises(ValueError, match="the image is damaged or cut short"):
+        open_image(Image.open(io.BytesIO(whole[: len(whole) // 2])))
+
+
 # ---- what is converted
 
 
@@ -271,7 +277,8 @@ def test_a_photo_with_exif_entries_that_break_the_standard_is_read_all_the_same(
     content = encode(quarters(*STORED[1][1]), "JPEG", exif=exif)
     short = struct.pack(">HH", ExifTags.Base.ResolutionUnit, 3)
     assert content.count(short) == 1
-    broken = content.replace(short, struct.pack(">HH", ExifTags.Base.ResolutionUnit, 4))  # a LONG, as some cameras write
+    long = struct.pack(">HH", ExifTags.Base.ResolutionUnit, 4)  # as some cameras write it
+    broken = content.replace(short, long)
     assert open_image(broken).size == (32, 48)
 
 
@@ -416,8 +423,27 @@ def test_settings_survive_a_round_trip():
     ],
 )
 def test_settings_with_a_missing_or_unknown_key_are_refused(raw):
-    with pytest.raises(ValueError, match="a preprocess entry has the keys crop_ratio, img_size, interpolation, mean, std"):
+    with pytest.raises(ValueError, match="has the keys crop_ratio, img_size, interpolation, mean, std, not"):
         Preprocess.from_dict(raw)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"img_size": "big"},
+        {"img_size": 4},
+        {"img_size": [4.5, 4]},
+        {"mean": None},
+        {"mean": [0.5, "a", 0.5]},
+        {"crop_ratio": "x"},
+        {"interpolation": [1]},
+        {"interpolation": {}},
+    ],
+)
+def test_settings_of_a_wrong_kind_are_refused_by_name(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"^{name}=.* of a preprocess entry is malformed; img_size takes two whole"):
+        Preprocess.from_dict({"img_size": [4, 4], "mean": [0.5] * 3, "std": [0.5] * 3, **change})
 
 
 @pytest.mark.parametrize(
@@ -426,7 +452,9 @@ def test_settings_with_a_missing_or_unknown_key_are_refused(raw):
         ({"mean": (0.5, 0.5), "std": (0.5, 0.5)}, r"mean=\(0\.5, 0\.5\) and std=.* need 1 or 3 entries each"),
         ({"std": (1.0,)}, "need 1 or 3 entries each"),
         ({"std": (1.0, 0.0, 1.0)}, "std above 0"),
-        ({"img_size": (0, 4)}, r"img_size=\(0, 4\) must be positive"),
+        ({"std": (1.0, float("nan"), 1.0)}, "finite"),
+        ({"mean": (0.5, float("inf"), 0.5)}, "finite"),
+        ({"img_size": (0, 4)}, r"img_size=\(0, 4\) must be two positive numbers"),
         ({"crop_ratio": 0.0}, r"crop_ratio=0\.0 in \(0, 1\]"),
         ({"crop_ratio": 1.5}, r"crop_ratio=1\.5 in \(0, 1\]"),
         ({"interpolation": "area"}, "interpolation='area' is unknown; choose from nearest, bilinear, bicubic, lanczos"),

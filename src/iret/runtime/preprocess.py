@@ -4,6 +4,7 @@ path, bytes or PIL image -> RGB, upright -> resized and cropped, uint8 [Y, X, C]
 """
 
 import io
+import math
 import struct
 import warnings
 from collections.abc import Mapping
@@ -43,11 +44,12 @@ def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     frame is taken.
 
     Raises:
-        ValueError: missing, not an image, damaged, or more than `max_pixels` (seen in the header, before decoding).
+        ValueError: missing, not an image, damaged, or more than `max_pixels` (seen in the header, before decoding). An image
+            that Pillow has opened already is only checked for damage.
     """
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
     name = str(source) if isinstance(source, (str, Path)) else "the image"
+    if isinstance(source, Image.Image):
+        return _decode(source, name)
     if isinstance(source, (str, Path)) and not Path(source).is_file():
         raise ValueError(f"{name} does not exist or is not a file; give the path of a photo.")
     try:
@@ -63,11 +65,15 @@ def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise ValueError(
                 f"{name} has {image.width} x {image.height} pixels, more than the limit of {max_pixels}; resize it first."
             )
-        try:
-            image.load()
-            return to_rgb(image)
-        except (OSError, SyntaxError, ValueError, EOFError, TypeError, struct.error) as error:
-            raise ValueError(f"{name} is damaged or cut short ({error}); get the file again.") from error
+        return _decode(image, name)
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        return to_rgb(image)
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, struct.error) as error:
+        raise ValueError(f"{name} is damaged or cut short ({error}); get the file again.") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -98,10 +104,13 @@ class Preprocess:
     interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
-        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
-            raise ValueError(f"mean={self.mean} and std={self.std} need 1 or 3 entries each, std above 0.")
-        if min(self.img_size) < 1 or not 0 < self.crop_ratio <= 1:
-            raise ValueError(f"img_size={self.img_size} must be positive and crop_ratio={self.crop_ratio} in (0, 1].")
+        is_finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or not is_finite or min(self.std) <= 0:
+            raise ValueError(f"mean={self.mean} and std={self.std} need 1 or 3 entries each, finite, std above 0.")
+        if len(self.img_size) != 2 or min(self.img_size) < 1 or not 0 < self.crop_ratio <= 1:
+            raise ValueError(
+                f"img_size={self.img_size} must be two positive numbers and crop_ratio={self.crop_ratio} in (0, 1]."
+            )
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(
                 f"interpolation={self.interpolation!r} is unknown; choose from {', '.join(INTERPOLATIONS)}."
@@ -125,7 +134,7 @@ class Preprocess:
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [..., Y, X, C] to float32 [..., C, Y, X]."""
         scaled = (pixels.astype(np.float32) / 255 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return np.ascontiguousarray(np.moveaxis(scaled, -1, 0))
+        return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
 
     def __call__(self, images: Source | list[Source] | np.ndarray) -> np.ndarray:
         """float32 [B, C, Y, X] from one photo, a list of them, or uint8 [Y, X, C] or [B, Y, X, C] of any size."""
@@ -147,11 +156,19 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, raw: Mapping) -> "Preprocess":
-        """Raises ValueError for unknown or missing keys."""
+        """Raises ValueError for keys that are unknown or missing and for values of another kind."""
         known = {field.name for field in fields(cls)}
         if not isinstance(raw, Mapping) or not {"img_size", "mean", "std"} <= set(raw) <= known:
             raise ValueError(f"a preprocess entry has the keys {', '.join(sorted(known))}, not {raw!r}.")
-        fixed: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()
-        }
+        fixed: dict[str, Any] = {}
+        for name, value in raw.items():
+            is_list = name in ("img_size", "mean", "std")
+            kind = {"img_size": int, "interpolation": str}.get(name, (int, float))
+            entries = value if is_list else [value]
+            if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, kind) for entry in entries):
+                raise ValueError(
+                    f"{name}={value!r} of a preprocess entry is malformed; img_size takes two whole numbers, mean and std "
+                    "take lists of numbers, crop_ratio a number, interpolation a name."
+                )
+            fixed[name] = tuple(value) if is_list else value
         return cls(**fixed)

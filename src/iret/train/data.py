@@ -5,16 +5,20 @@ pure function of (seed, epoch), and the global batches are the same for any numb
 """
 
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int, UInt8
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,6 +28,7 @@ from iret.train.digits import ClutteredDigits
 EMBEDDED = "cluttered-digits"
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 HELD_OUT = 20  # one image in so many is held out where the data has no validation split
+MAX_HELD_BYTES = 2**30  # parquet files of more than this together stay on disk
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 
@@ -57,7 +62,7 @@ class ImageData(Dataset):
         row = int(self.rows[index])
         source, label = self.read(row)
         try:
-            image = open_image(source if not isinstance(source, np.ndarray) else _as_image(source))
+            image = open_image(Image.fromarray(source) if isinstance(source, np.ndarray) else source)
         except ValueError as error:
             if self.on_corrupt == "stop":
                 raise ValueError(f"image {row} cannot be read: {error}") from error
@@ -78,8 +83,9 @@ def open_data(
 ) -> ImageData:
     """The `split` (train, val, test) of `spec`: cluttered-digits, a folder of class folders, parquet, or a hub id.
 
-    Where the data has no validation split, one training image in twenty is held out for it, chosen by its number; the test
-    split is never used for it. Without a test split, `test` is the validation split.
+    `hf:ID` is a hub id even if a folder of that name exists. Where the data has no validation split, one training image in
+    twenty is held out for it, chosen by its number; the test split is never used for it. Without a test split, `test` is the
+    validation split. A parquet file on its own is the split that its name begins with, else train.
 
     Raises:
         ValueError: nothing there, no labels, or a split that does not exist.
@@ -91,7 +97,7 @@ def open_data(
         digits = ClutteredDigits(split, size=preprocess.img_size)
         return ImageData(range(len(digits)), digits.__getitem__, digits.class_names, preprocess, on_corrupt)
     if path.is_file() or (path.is_dir() and any(path.rglob("*.parquet"))):
-        parts: dict = {part: _Parquet(files, label_column) for part, files in _parquet_splits(path).items()}
+        parts = _parquet_splits(path, label_column)
     elif path.is_dir():
         parts = _folder_splits(path)
     else:
@@ -99,32 +105,43 @@ def open_data(
     return _split(parts, split, spec, preprocess, on_corrupt)
 
 
-def _split(parts: dict, split: str, spec: str, preprocess: Preprocess, on_corrupt: str) -> ImageData:
+@runtime_checkable
+class _Part(Protocol):
+    """One split as it lies in the data."""
+
+    class_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> tuple[Source, int]: ...
+
+
+def _split(parts: Mapping[str, _Part], split: str, spec: str, preprocess: Preprocess, on_corrupt: str) -> ImageData:
     """A split of the data, or what stands in for it."""
     rows: Sequence[int] | np.ndarray
     wanted = "val" if split == "test" and "test" not in parts else split
     if wanted in parts and not (wanted == "train" and "val" not in parts):
         part = parts[wanted]
         rows = range(len(part))
-    else:
-        if "train" not in parts:
-            raise ValueError(f"{spec} has no {split} split and no train split to hold images out of.")
+    elif "train" in parts:
         part = parts["train"]
-        is_held_out = np.array([zlib.crc32(str(row).encode()) % HELD_OUT == 0 for row in range(len(part))])
+        is_held_out = np.array([zlib.crc32(str(row).encode()) % HELD_OUT == 0 for row in range(len(part))], dtype=bool)
         rows = np.flatnonzero(is_held_out if wanted == "val" else ~is_held_out)
+    else:
+        raise ValueError(f"{spec} has no {split} split, only {', '.join(parts)}; choose another or add a train split.")
     if not len(rows):
-        raise ValueError(f"the {split} split of {spec} has no images.")
+        raise ValueError(f"the {split} split of {spec} has no labelled images; it needs at least one.")
     names = parts["train"].class_names if "train" in parts else part.class_names
     strangers = sorted(set(part.class_names) - set(names))
     if strangers:
         raise ValueError(f"the {split} split of {spec} has a class {strangers[0]!r}, which its train split lacks.")
-    read = part.read
+    read: Callable[[int], tuple[Source, int]] = part.read
     if part.class_names != names:  # a split may lack classes, and then counts them differently
         read = partial(_read_as, part, [names.index(name) for name in part.class_names])
     return ImageData(rows, read, names, preprocess, on_corrupt)
 
 
-def _read_as(part, label_of: Sequence[int], row: int) -> tuple[Source, int]:
+def _read_as(part: _Part, label_of: Sequence[int], row: int) -> tuple[Source, int]:
     source, label = part.read(row)
     return source, label_of[label]
 
@@ -136,7 +153,8 @@ class _Folder:
     """Class folders of images."""
 
     def __init__(self, folder: Path) -> None:
-        self.class_names = sorted(child.name for child in folder.iterdir() if child.is_dir())
+        children = (child.name for child in folder.iterdir() if child.is_dir())
+        self.class_names = sorted(name for name in children if not name.startswith("."))
         self.files = [
             (path, label)
             for label, name in enumerate(self.class_names)
@@ -156,27 +174,21 @@ class _Parquet:
 
     def __init__(self, files: Sequence[Path], label_column: str | None) -> None:
         try:
-            table = pa.concat_tables(
-                [pq.read_table(file, memory_map=True) for file in files], promote_options="default"
-            )
+            schema = pq.read_schema(files[0])
+            image = _find_image_column(schema, str(files[0]))
+            label = _find_label_column(schema.names, label_column, str(files[0]))
+            tables = [pq.ParquetFile(file).read(columns=[image, label]) for file in files]
+            table = pa.concat_tables(tables, promote_options="default")
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{files[0]} is not a parquet file that can be read ({error}).") from error
-        image = _find_image_column(table, files[0])
-        label = _find_label_column(table.column_names, label_column, str(files[0]))
         if table[label].null_count:
             row = int(np.flatnonzero(table[label].is_null().to_numpy())[0])
             raise ValueError(
                 f"column {label!r} of {files[0]} has no label in row {row} ({table[label].null_count} in all)."
             )
-        self.images = table[image].combine_chunks() if table.nbytes < 2**31 else table[image]
-        if pa.types.is_struct(self.images.type):
-            self.images = (
-                self.images.field("bytes")
-                if isinstance(self.images, pa.StructArray)
-                else pa.chunked_array([chunk.field("bytes") for chunk in self.images.chunks])
-            )
+        self.images = pc.struct_field(table[image], "bytes") if pa.types.is_struct(table[image].type) else table[image]
         values = table[label].to_numpy()
-        names = _names_in_metadata(table.schema, label)
+        names = _names_in_metadata(schema, label)
         self.class_names = names or [str(value) for value in np.unique(values)]
         self.labels = values if names else np.searchsorted(np.unique(values), values)
 
@@ -188,40 +200,39 @@ class _Parquet:
 
 
 class _Hub:
-    """A split of a Hugging Face data set."""
+    """A split of a Hugging Face data set, mapped from its cache on disk."""
 
     def __init__(self, dataset, label_column: str | None, name: str) -> None:
         from datasets import Image as ImageFeature
 
-        columns = [column for column, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
-        if not columns:
-            raise ValueError(f"{name} has no image column, only {', '.join(dataset.column_names)}.")
-        self.image, self.label = columns[0], _find_label_column(dataset.column_names, label_column, name)
-        self.dataset = dataset.cast_column(self.image, ImageFeature(decode=False))
+        self.image = _find_image_column(dataset.features.arrow_schema, name)
+        self.label = _find_label_column(dataset.column_names, label_column, name)
+        is_decoding = isinstance(dataset.features[self.image], ImageFeature)
+        self.dataset = dataset.cast_column(self.image, ImageFeature(decode=False)) if is_decoding else dataset
         labels = list(dataset[self.label])
         if None in labels:
             raise ValueError(f"column {self.label!r} of {name} has no label in row {labels.index(None)}.")
         names = getattr(dataset.features[self.label], "names", None)
-        self.values = None if names else sorted(set(labels))
-        self.class_names = names or [str(value) for value in self.values or ()]
+        values = range(len(names)) if names else sorted(set(labels))
+        self.class_names = names or [str(value) for value in values]
+        self.index_of = {value: index for index, value in enumerate(values)}
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, row: int) -> tuple[Source, int]:
         item = self.dataset[row]
-        label = item[self.label]
         image = item[self.image]
-        return image["bytes"] or image["path"], label if self.values is None else self.values.index(label)
+        if isinstance(image, dict):
+            image = image["bytes"] or image["path"]
+        return image or b"", self.index_of.get(item[self.label], -1)
 
 
-def _folder_splits(path: Path) -> dict:
-    parts = {}
-    for split, names in SPLIT_NAMES.items():
-        for name in names:
-            if (path / name).is_dir():
-                parts[split] = _Folder(path / name)
-    parts = parts or {"train": _Folder(path)}
+def _folder_splits(path: Path) -> dict[str, _Part]:
+    found = [(split, path / name) for split, names in SPLIT_NAMES.items() for name in names if (path / name).is_dir()]
+    parts: dict[str, _Part] = {split: _Folder(folder) for split, folder in found}
+    if not any(len(part) for part in parts.values()):  # also where a class is called train
+        parts = {"train": _Folder(path)}
     if not any(len(part) for part in parts.values()):
         raise ValueError(
             f"{path} holds no images in class folders; expected {path}/CLASS/IMAGE or {path}/train/CLASS/IMAGE."
@@ -229,52 +240,65 @@ def _folder_splits(path: Path) -> dict:
     return parts
 
 
-def _parquet_splits(path: Path) -> dict[str, list[Path]]:
-    if path.is_file():
-        return {"train": [path]}
+def _parquet_splits(path: Path, label_column: str | None) -> dict[str, _Part]:
+    """Held in memory where that is cheap, else mapped by the `datasets` library, which unpacks them into its cache once."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     found: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*.parquet")):
-        for split, names in SPLIT_NAMES.items():
-            if file.name.startswith(names) or file.parent.name in names:
-                found.setdefault(split, []).append(file)
-                break
-        else:
-            found.setdefault("train", []).append(file)
-    return found
+    for file in files:
+        found.setdefault(_split_of(file, path), []).append(file)
+    unnamed = found.pop("", [])
+    found = found or {"train": unnamed}
+    if sum(file.stat().st_size for file in files) > MAX_HELD_BYTES:
+        data_files = {split: [str(file) for file in group] for split, group in found.items()}
+        return _hub_splits(str(path), label_column, "parquet", data_files=data_files)
+    return {split: _Parquet(group, label_column) for split, group in found.items()}
 
 
-def _hub_splits(spec: str, label_column: str | None) -> dict:
-    name = spec.removeprefix("hf:")
+def _split_of(file: Path, root: Path) -> str:
+    """The split that a file below `root` belongs to by its name or its folder's; empty where neither says."""
+    for split, names in SPLIT_NAMES.items():
+        if re.match(rf"({'|'.join(names)})(?![a-z])", file.name.lower()) or (
+            file != root and file.parent.name in names
+        ):
+            return split
+    return ""
+
+
+def _hub_splits(spec: str, label_column: str | None, name: str | None = None, **options: Any) -> dict[str, _Part]:
+    """What `datasets.load_dataset(name, **options)` gives; `spec` is how the user called it."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError(
-            f"data {spec!r} is neither a file nor a folder here, and Hugging Face data sets need: pip install 'iret[data]'."
+            f"data {spec!r} is neither a folder of images nor parquet of at most {MAX_HELD_BYTES} bytes here, and what reads "
+            "others is not installed; check the path, or: pip install 'iret[data]'."
         ) from error
     try:
-        loaded = load_dataset(name)
+        loaded = load_dataset(name or spec.removeprefix("hf:"), **options)
     except Exception as error:  # the library raises many kinds for one reason: it is not there
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"data {spec!r} is neither a file nor a folder here nor a Hugging Face data set that can be loaded "
-            f"({type(error).__name__}); check the name and the network."
+            f"data {spec!r} cannot be loaded as a file, a folder or a Hugging Face data set "
+            f"({type(error).__name__}: {reason}); check the name and the network."
         ) from error
-    return {
-        split: _Hub(loaded[found], label_column, name)
+    parts: dict[str, _Part] = {
+        split: _Hub(loaded[found], label_column, spec)
         for split, names in SPLIT_NAMES.items()
         for found in names
         if found in loaded
     }
+    if not parts:
+        raise ValueError(f"{spec} has the splits {', '.join(loaded)}; one must be called train, val or test.")
+    return parts
 
 
-def _find_image_column(table: pa.Table, file: Path) -> str:
-    for field in table.schema:
+def _find_image_column(schema: pa.Schema, source: str) -> str:
+    for field in schema:
         if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
             return field.name
         if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
             return field.name
-    raise ValueError(
-        f"{file} has no image column (binary, or a struct with bytes), only {', '.join(table.column_names)}."
-    )
+    raise ValueError(f"{source} has no image column (binary, or a struct with bytes), only {', '.join(schema.names)}.")
 
 
 def _find_label_column(columns: Sequence[str], wanted: str | None, source: str) -> str:
@@ -291,12 +315,6 @@ def _names_in_metadata(schema: pa.Schema, label: str) -> list[str] | None:
     raw = (schema.metadata or {}).get(b"huggingface")
     features = json.loads(raw)["info"]["features"] if raw else {}
     return features.get(label, {}).get("names")
-
-
-def _as_image(pixels: np.ndarray):
-    from PIL import Image
-
-    return Image.fromarray(pixels)
 
 
 # ---- batches

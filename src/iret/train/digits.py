@@ -20,6 +20,7 @@ SCALES = (3, 4)
 FRAGMENT_SCALES = (1, 2)
 NUM_FRAGMENTS = 12
 FRAGMENT_SIDE = 4  # pixels of the original digit
+LATTICE = 4  # pixels between the places where a glyph may lie; with 1, twenty minutes teach a small model little
 
 
 @cache
@@ -73,8 +74,8 @@ def _mottled(draw: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     """A dim background: blocks of one tint with a little noise."""
     rows, columns = size
     tint = draw.integers(0, 48, 3)
-    blocks = draw.integers(0, 24, (rows // 8 + 1, columns // 8 + 1, 3)).repeat(8, 0).repeat(8, 1)[:rows, :columns]
-    return (tint + blocks + draw.integers(0, 16, (rows, columns, 3))).astype(np.uint8)
+    blocks = (tint + draw.integers(0, 24, (rows // 8 + 1, columns // 8 + 1, 3))).astype(np.uint8)
+    return blocks.repeat(8, 0).repeat(8, 1)[:rows, :columns] + draw.integers(0, 16, (rows, columns, 3)).astype(np.uint8)
 
 
 def _paste(canvas: np.ndarray, glyph: np.ndarray, scales: tuple[int, ...], draw: np.random.Generator) -> None:
@@ -82,8 +83,8 @@ def _paste(canvas: np.ndarray, glyph: np.ndarray, scales: tuple[int, ...], draw:
     scale = scales[draw.integers(len(scales))]
     large = glyph.repeat(scale, 0).repeat(scale, 1).astype(np.int64)
     height, width = large.shape
-    top = draw.integers(0, canvas.shape[0] - height + 1)
-    left = draw.integers(0, canvas.shape[1] - width + 1)
+    rooms = [(there - own) // LATTICE + 1 for there, own in zip(canvas.shape[:2], large.shape, strict=True)]
+    top, left = (LATTICE * draw.integers(0, room) for room in rooms)
     colour = draw.integers(128, 256, 3)
     here = canvas[top : top + height, left : left + width]
     ink = large[..., None]

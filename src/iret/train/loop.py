@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,7 +80,7 @@ def train(recipe: Recipe, options: RunOptions) -> Report:
     """
     if not options.resume and (options.out / "train_state.safetensors").exists():
         raise ValueError(f"{options.out} holds a run already; go on with --resume or choose another --out.")
-    fabric = _launch(options.device)
+    fabric = launch(options.device)
     torch.manual_seed(options.seed)
     model, teacher = build_model(recipe, options), load(recipe.teacher) if recipe.teacher else None
     data = _open(options, "train", model)
@@ -129,7 +130,7 @@ def _open(options: RunOptions, split: str, model: Iret) -> ImageData:
     )
 
 
-def _launch(device: str) -> Fabric:
+def launch(device: str) -> Fabric:
     """One process, or the ones `torchrun` started."""
     local, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     fabric = Fabric(
@@ -185,7 +186,7 @@ class _Run:
             write_atomically(out / "recipe.json", (json.dumps(asdict(self.recipe), indent=1) + "\n").encode())
         log = _Log(out, self.progress.step) if is_first else None
         try:
-            with _bar(self.num_steps, self.progress.step, is_first) as advance:
+            with _bar(self.num_steps, self.progress.step, is_first) as (advance, say):
                 for images, labels, skipped in self._batches():
                     step = self.progress.step
                     parts = self._step(step, images, labels)
@@ -200,8 +201,14 @@ class _Run:
                     is_epoch_end = (step + 1) % self.steps_per_epoch == 0 or step + 1 == self.num_steps
                     if log and (step % LOG_EVERY == 0 or is_epoch_end):
                         log.write(step, self._lr(step), parts)
-                    if is_epoch_end and is_first:
-                        log.write_accuracy(step, *self._evaluate())
+                    if log and is_epoch_end:
+                        full, dropped = self._evaluate()
+                        log.write_accuracy(step, full, dropped)
+                        minutes = self.progress.time_s / 60
+                        say(
+                            f"step {step + 1} of {self.num_steps} after {minutes:.0f} minutes: held-out top-1 {full:.1%}, "
+                            f"at threshold 1 {dropped:.1%}"
+                        )
                     is_late = self._is_over(started)
                     if is_epoch_end or is_late or now - saved_at > 60 * self.options.checkpoint_minutes:
                         self._save()
@@ -334,7 +341,10 @@ class _Log:
 
 @contextmanager
 def _bar(num_steps: int, step: int, is_shown: bool) -> Iterator:
-    """A progress bar on stderr with images/s, loss and time left; yields advance(step, loss, images)."""
+    """A progress bar on stderr with images/s, loss and time left; yields advance(step, loss, images) and say(line).
+
+    The bar shows on a terminal alone, what is said also in a file that stderr is sent to.
+    """
     columns = (
         TextColumn("step {task.completed}/{task.total}"),
         BarColumn(),
@@ -351,4 +361,4 @@ def _bar(num_steps: int, step: int, is_shown: bool) -> Iterator:
             rate, last = images / max(now - last, 1e-9), now
             bar.update(task, completed=done, rate=rate, loss=loss)
 
-        yield advance
+        yield advance, partial(bar.console.print, highlight=False, soft_wrap=True)

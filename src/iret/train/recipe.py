@@ -90,17 +90,17 @@ def digits_nano() -> Recipe:
         name="digits_nano",
         model="iret_nano",
         epochs=8.0,
-        batch_size=100,
+        batch_size=64,
         lr=1e-3,
-        warmup_epochs=0.5,
-        ema_decay=0.99,
+        warmup_epochs=0.25,
+        ema_decay=0.995,
         drop_path_rate=0.0,
-        crop_padding=4,
+        precision="32-true",  # bf16 is slower on a CPU that has no instructions for it
+        min_crop=1.0,
         flip=False,
-        full_until=0.25,
-        sampled_until=0.6,
+        full_until=0.1,
+        sampled_until=0.85,
         max_threshold=2.0,
-        stage_weights=(0.3, 0.5),
     )
 
 
@@ -109,16 +109,17 @@ def cifar10_pico_cpu() -> Recipe:
     return Recipe(
         name="cifar10_pico_cpu",
         model="iret_pico",
-        epochs=6.0,
-        batch_size=125,
+        epochs=16.0,
+        batch_size=128,
         lr=1.5e-3,
         warmup_epochs=1.0,
         ema_decay=0.997,
         drop_path_rate=0.0,
+        precision="32-true",  # bf16 is slower on a CPU that has no instructions for it
         crop_padding=4,
         full_until=0.05,
-        sampled_until=0.75,
-        max_threshold=1.2,
+        sampled_until=0.8,
+        max_threshold=1.4,
     )
 
 
@@ -133,6 +134,7 @@ def cifar10_pico() -> Recipe:
         warmup_epochs=10.0,
         ema_decay=0.9995,
         drop_path_rate=0.1,
+        precision="bf16-mixed",
         rand_augment=(2, 9),
         mixup=0.2,
         cutmix=1.0,

@@ -1,9 +1,14 @@
-"""Copy the tables of the shipped models' cards into README.md, between its markers. Run it after `runs/ship.sh`."""
+"""Bring README.md up to date: the tables of the shipped models' cards between its markers, the pictures of `make demo`.
+
+Run it after `runs/ship.sh` and `make demo`.
+"""
 
 import re
+import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PICTURES = {"tradeoff.png": "tradeoff.png", "digits.png": "focus.png"}  # in demo/ -> in docs/
 
 
 def tables(card: str) -> list[str]:
@@ -22,6 +27,8 @@ def main() -> None:
                 re.escape(begin) + r".*?" + re.escape(end), lambda _, new=begin + table + end: new, text, flags=re.S
             )
     readme.write_text(text)
+    for picture, name in PICTURES.items():
+        shutil.copy(ROOT / "demo" / picture, ROOT / "docs" / name)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,389 @@
+"""Every verb as it is typed: tables on stderr, JSON alone on stdout, and one sentence for every mistake."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import iret
+from iret import cli
+from iret.model import Iret
+from iret.runtime.cost import full_macs
+from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, Point
+from iret.train import recipe as recipes
+
+VERBS = ["predict", "train", "eval", "calibrate", "card", "demo", "list", "doctor"]
+
+
+def make_model(folder: Path, has_points: bool = True) -> Iret:
+    """A model of 64 patches in three stages for the classes ant and bee, saved in `folder`."""
+    torch.manual_seed(0)
+    model = iret.create_model("iret_pico", num_classes=2, embed_dims=(32, 32, 32), depths=(1, 1, 1))
+    for stage in model.stages:
+        for block in stage.blocks:
+            torch.nn.init.normal_(block.attn.qkv.weight, std=0.3)  # far from uniform, so that thresholds cut
+    model.labels = ("ant", "bee")
+    if has_points:
+        full = full_macs(model.shape)
+        points = tuple(
+            Point(
+                thresholds=((keep, keep), (keep, keep)),
+                accuracy=share,
+                macs_mean=share * full,
+                macs_p95=share * full,
+                kept_mean=(64.0, 32.0, 16.0),
+            )
+            for share, keep in ((1.0, 0.0), (0.5, 1.0), (0.25, 1.5))
+        )
+        model.points = OperatingPoints(data="made up", num_images=1, full_macs=full, points=points)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def make_photo(path: Path, value: int = 0) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(value).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def make_data(folder: Path, per_class: int = 4) -> str:
+    for index in range(3 * 2 * per_class):
+        split, name = ("train", "val", "test")[index % 3], ("ant", "bee")[index // 3 % 2]
+        make_photo(folder / split / name / f"{index}.png", index)
+    return str(folder)
+
+
+def asked_of_the_model(monkeypatch) -> list[tuple]:
+    """(thresholds, exit confidence) of every run from now on."""
+    asked, run = [], Iret.run
+
+    def spy(model, images, thresholds=0.0, exit_confidence=None, **options):
+        asked.append((thresholds, exit_confidence))
+        return run(model, images, thresholds, exit_confidence, **options)
+
+    monkeypatch.setattr(Iret, "run", spy)
+    return asked
+
+
+def the_object(capsys) -> dict:
+    """What was said on stdout, which is one JSON object on one line."""
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.endswith("\n")
+    return json.loads(said)
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)])
+def test_help_exits_with_zero(verb, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([*verb, "--help"])
+    assert left.value.code == 0
+    assert " ".join(["usage: iret", *verb]) in capsys.readouterr().out
+
+
+def test_these_are_all_the_verbs(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["frobnicate"])
+    assert left.value.code == 2
+    assert re.findall(r"\w+", capsys.readouterr().err.split("choose from")[1]) == VERBS
+
+
+# ---- predict
+
+
+def test_predict_prints_a_row_for_every_photo_and_nothing_on_stdout(tmp_path, capsys):
+    make_model(tmp_path / "m")
+    photos = [make_photo(tmp_path / f"{index}.png", index) for index in range(3)]
+    assert cli.main(["predict", *photos, "--model", str(tmp_path / "m")]) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    head, *rows = said.err.splitlines()
+    assert head.split()[:3] == ["image", "label", "confidence"]
+    assert [row.split()[0] for row in rows] == photos
+    assert all(row.split()[1] in ("ant", "bee") and "64/64/64" in row for row in rows)
+
+
+def test_predict_says_in_json_what_the_model_answers(tmp_path, capsys):
+    model, photo = make_model(tmp_path / "m"), make_photo(tmp_path / "p.png")
+    assert cli.main(["predict", photo, photo, "--model", str(tmp_path / "m"), "--threshold", "1.0", "--json"]) == 0
+    found = the_object(capsys)
+    assert found["model"] == str(tmp_path / "m")
+    assert len(found["predictions"]) == 2
+    with torch.no_grad():
+        out = model.run(model.preprocess(photo), 1.0)
+    for answer in found["predictions"]:
+        assert answer["image"] == photo
+        assert answer["label"] == model.labels[out.logits.argmax()]
+        assert answer["kept"] == out.trace.kept.sum((1, 2, 3)).tolist()
+        assert answer["macs"] == out.macs.item()
+
+
+@pytest.mark.parametrize(
+    ("typed", "thresholds", "confidence"),
+    [
+        ("", ((0.0, 0.0), (0.0, 0.0)), None),
+        ("--threshold 1.0", 1.0, None),
+        ("--threshold 1.0 1.2:1.5", (1.0, (1.2, 1.5)), None),
+        ("--budget 1", ((0.0, 0.0), (0.0, 0.0)), None),
+        ("--budget 0.5", ((1.0, 1.0), (1.0, 1.0)), None),
+        ("--threshold 0.5 --exit-confidence 0.9", 0.5, 0.9),
+    ],
+)
+def test_the_dials_reach_the_model(tmp_path, monkeypatch, typed, thresholds, confidence):
+    make_model(tmp_path / "m")
+    photo, asked = make_photo(tmp_path / "p.png"), asked_of_the_model(monkeypatch)
+    assert cli.main(["predict", photo, "--model", str(tmp_path / "m"), *typed.split()]) == 0
+    assert set(asked) == {(thresholds, confidence)}
+
+
+def test_show_draws_a_picture_that_opens(tmp_path, capsys):
+    make_model(tmp_path / "m")
+    photos = [make_photo(tmp_path / f"{index}.png", index) for index in range(2)]
+    heights = []
+    for images in (photos[:1], photos):
+        drawn = tmp_path / "focus.png"
+        assert cli.main(["predict", *images, "--model", str(tmp_path / "m"), "--show", str(drawn), "--json"]) == 0
+        assert len(the_object(capsys)["predictions"]) == len(images)
+        with Image.open(drawn) as picture:
+            picture.load()
+            heights.append(picture.height)
+    assert heights[1] == 2 * heights[0] > 200
+
+
+# ---- the verbs that need data
+
+
+def test_eval_prints_a_row_for_every_budget(tmp_path, capsys):
+    make_model(tmp_path / "m")
+    data = make_data(tmp_path / "d")
+    assert cli.main(["eval", str(tmp_path / "m"), "--data", data, "--budgets", "1", "0.5"]) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    title, head, *rows = said.err.splitlines()
+    assert "8 images, 0 skipped" in title
+    assert head.split()[:2] == ["setting", "top-1"]
+    assert [row.split("  ")[0] for row in rows] == ["budget 1", "budget 0.5"]
+
+
+def test_eval_in_json_holds_the_scores_of_the_settings(tmp_path, capsys):
+    model, data = make_model(tmp_path / "m"), make_data(tmp_path / "d")
+    (tmp_path / "d" / "test" / "bee" / "broken.jpg").write_text("milk, eggs")
+    line = ["eval", str(tmp_path / "m"), "--data", data, "--threshold", "0.5", "--rule", "topk", "--control", "random"]
+    assert cli.main([*line, "--json"]) == 0
+    found = the_object(capsys)
+    (score,) = found["scores"]
+    assert (found["data"], found["split"]) == (data, "test")
+    assert (score["num_images"], score["num_skipped"]) == (8, 1)
+    assert score["setting"] == dict(thresholds=0.5, exit_confidence=None, rule="topk", control="random")
+    assert score["kept_mean"] == [64.0, 32.0, 16.0]
+    assert score["macs_mean"] < full_macs(model.shape)
+
+
+def test_calibrate_writes_the_points_that_it_says(tmp_path, capsys):
+    make_model(tmp_path / "m", has_points=False)
+    data = make_data(tmp_path / "d")
+    assert cli.main(["calibrate", str(tmp_path / "m"), "--data", data, "--max-images", "5", "--json"]) == 0
+    found = the_object(capsys)
+    assert (found["data"], found["num_images"]) == ("d", 5)
+    points = Iret.from_folder(tmp_path / "m").points
+    assert [point.macs_mean for point in points.points] == [point["macs_mean"] for point in found["points"]]
+    (tmp_path / "elsewhere").mkdir()
+    line = ["calibrate", str(tmp_path / "m"), "--data", data, "--max-images", "5", "--out", str(tmp_path / "elsewhere")]
+    assert cli.main(line) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1 + len(points.points) + 1
+    assert OperatingPoints.read(tmp_path / "elsewhere") == points
+
+
+def test_card_writes_the_card_beside_the_weights(tmp_path, capsys):
+    make_model(tmp_path / "m")
+    line = ["card", str(tmp_path / "m"), "--data", make_data(tmp_path / "d"), "--max-images", "5"]
+    assert cli.main([*line, "--json"]) == 0
+    assert the_object(capsys) == {"card": str(tmp_path / "m" / "README.md")}
+    assert "# m\n" in (tmp_path / "m" / "README.md").read_text()
+    assert cli.main([*line, "--name", "Ants and bees"]) == 0
+    text = (tmp_path / "m" / "README.md").read_text()
+    assert "# Ants and bees\n" in text
+    assert "2 classes of d:" in text
+
+
+def test_train_leaves_a_model_and_says_how_it_ended(tmp_path, capsys, monkeypatch):
+    small = recipes.Recipe(name="small", model="iret_pico", epochs=1.0, batch_size=4, lr=1e-3, precision="32-true")
+    monkeypatch.setitem(recipes.RECIPES, "small", lambda: small)
+    out = tmp_path / "out"
+    line = ["train", "--recipe", "small", "--data", make_data(tmp_path / "d"), "--out", str(out), "--device", "cpu"]
+    assert cli.main([*line, "--steps", "2", "--stop-after", "0", "--json"]) == 0
+    found = the_object(capsys)
+    assert (found["is_finished"], found["step"], found["num_steps"]) == (False, 1, 2)
+    assert cli.main([*line, "--steps", "2", "--resume", "--json"]) == 0
+    found = the_object(capsys)
+    assert (found["is_finished"], found["step"], found["out"]) == (True, 2, str(out))
+    assert Iret.from_folder(out).labels == ("ant", "bee")
+
+
+# ---- the verbs that need nothing
+
+
+def test_list_names_checkpoints_and_presets(capsys):
+    assert cli.main(["list", "--json"]) == 0
+    found = the_object(capsys)
+    assert found["presets"] == iret.list_models()
+    assert cli.main(["list"]) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert all(name in said.err for name in (*found["presets"], *found["checkpoints"]))
+
+
+def test_doctor_reports(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    assert the_object(capsys)["versions"]["iret"] == iret.__version__
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert iret.__version__ in said.err
+
+
+def test_demo_draws_where_it_is_told(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr("iret.demo.run_demo", lambda *args: called.append(args) or 0)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 0
+    assert called == [(tmp_path, cli.say, cli.print_table)]
+
+
+def test_a_table_is_aligned(capsys):
+    cli.print_table(("name", "x"), [("a", "100"), ("longer", "2")])
+    assert capsys.readouterr().err.splitlines() == ["name      x", "a       100", "longer    2"]
+
+
+# ---- mistakes
+
+
+def mistake(tmp_path: Path, capsys, line: str) -> str:
+    """The sentence that a line in `tmp_path` gives, with m and bare (models), p.png, notes.jpg, cut.jpg, d and flat (data)."""
+    make_model(tmp_path / "m")
+    make_model(tmp_path / "bare", has_points=False)
+    make_photo(tmp_path / "p.png")
+    make_photo(tmp_path / "flat" / "p.png")
+    (tmp_path / "notes.jpg").write_text("milk, eggs, bread")
+    whole = Path(make_photo(tmp_path / "cut.jpg"))
+    whole.write_bytes(whole.read_bytes()[:-400])
+    make_data(tmp_path / "d", per_class=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert cli.main(line.split()) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("iret: ")
+    assert said.err.count("\n") == 1 and said.err.endswith("\n")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nowhere.jpg", "nowhere.jpg does not exist or is not a file"),
+        ("m", "m does not exist or is not a file"),
+        ("notes.jpg", "notes.jpg is not an image that Pillow can read"),
+        ("cut.jpg", r"cut.jpg is damaged or cut short \(.*\); get the file again"),
+        ("p.png notes.jpg", "notes.jpg is not an image"),
+        ("p.png --threshold -1", "threshold -1 is not allowed"),
+        ("p.png --threshold nan", "threshold nan is not allowed"),
+        ("p.png --threshold 1 1 1", "3 thresholds were given, but the model has 2 transitions"),
+        ("p.png --threshold 1.0:0.5 1", "refine threshold 0.5 is below keep threshold 1"),
+        ("p.png --threshold high", "threshold 'high' is not a number or keep:refine"),
+        ("p.png --budget 0", r"budget=0 is outside \(0, 1\]"),
+        ("p.png --budget 1.5", r"budget=1.5 is outside \(0, 1\]"),
+        ("p.png --budget 0.1", "budget=0.1 is below the cheapest operating point of this model, 0.250"),
+        ("p.png --budget 0.5 --model bare", "budget=0.5 needs operating points, .* `iret calibrate MODEL --data DATA`"),
+        ("p.png --exit-confidence 1.5", "1.5"),
+        ("p.png --exit-confidence nan", "nan"),
+        ("p.png --model nowhere", "model 'nowhere' is neither a shipped checkpoint"),
+        ("p.png --model flat", "flat/config.json does not exist; a model folder holds"),
+        ("p.png --device frob", "device 'frob' cannot be used here; `iret doctor` lists"),
+        ("p.png --device hpu", "device 'hpu' cannot be used here"),
+        ("p.png --device meta", "device 'meta' cannot be used here"),
+        ("p.png --show nowhere/focus.png", "nowhere/focus.png"),
+        ("p.png --show focus.docs", "focus.docs|unknown file extension: .docs"),
+    ],
+)
+def test_a_mistake_in_predict_is_one_sentence(tmp_path, capsys, monkeypatch, line, message):
+    monkeypatch.chdir(tmp_path)
+    line = f"predict {line}" if "--model" in line else f"predict {line} --model m"
+    assert re.search(message, mistake(tmp_path, capsys, line))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("eval m --data flat", "flat holds no images in class folders; expected flat/CLASS/IMAGE"),
+        ("eval m --data d --threshold 1 --rule best", "rule='best' is unknown; choose from threshold, mass, topk"),
+        ("eval m --data d --threshold 1 --control best", "control='best' is unknown; choose from attention, random"),
+        ("eval m --data d --budgets 1 --control best", "control='best' is unknown; choose from attention, random"),
+        ("eval m --data d --budgets 1 2", r"budget=2 is outside \(0, 1\]"),
+        ("eval m --data d --batch-size 0", "batch_size=0 .* must be 1 or more"),
+        ("eval m --data d --max-images 0", "max_images=0 must be 1 or more"),
+        ("calibrate nowhere --data d", "model 'nowhere' is neither"),
+        (
+            "calibrate m --data d --out nowhere",
+            "nowhere is not a model folder to write points.json into; give one with",
+        ),
+        ("card nowhere --data d", "model 'nowhere' is neither"),
+        ("train --data d --recipe best", "recipe 'best' is unknown; choose from images_tiny, fine_tune"),
+        ("train --data d --init nowhere", "model 'nowhere' is neither"),
+        ("train --data d --recipe fine_tune --device frob", "device 'frob' cannot be used here"),
+        ("train --data d --recipe fine_tune --init m --out o", "batch_size=128 .* does not fit 2 training images"),
+        ("train --data d --recipe one --init m --out o --steps 0", "steps=0"),
+        ("train --data d --recipe one --init m --out o --steps -3", "steps=-3"),
+    ],
+)
+def test_a_mistake_in_a_verb_with_data_is_one_sentence(tmp_path, capsys, monkeypatch, line, message):
+    one = recipes.Recipe(name="one", model="iret_pico", epochs=1.0, batch_size=2, lr=1e-3, precision="32-true")
+    monkeypatch.setitem(recipes.RECIPES, "one", lambda: one)
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, mistake(tmp_path, capsys, line))
+
+
+def test_data_of_other_classes_is_one_sentence(tmp_path, capsys):
+    make_model(tmp_path / "m")
+    for name in ("cat", "dog"):
+        make_photo(tmp_path / "d" / "test" / name / "0.png")
+        make_photo(tmp_path / "d" / "train" / name / "0.png")
+    assert cli.main(["eval", str(tmp_path / "m"), "--data", str(tmp_path / "d")]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"iret: the data has 2 classes \(cat, dog, .*iret train --init MODEL`\.\n", said)
+
+
+def test_two_dials_at_once_are_refused(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["predict", "p.png", "--budget", "0.5", "--threshold", "1"])
+    assert left.value.code == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_missing_library_is_named_with_what_brings_it(capsys, monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr("iret.doctor.report", lambda: missing("kornia"))
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "iret: this needs kornia, which is not installed; pip install 'iret[torch]'.\n"
+    monkeypatch.setattr("iret.doctor.report", lambda: missing("iret.nothing"))  # ours: a bug, not a mistake
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["doctor"])
+
+
+def test_ctrl_c_is_one_sentence(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("iret.doctor.report", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "iret: stopped.\n"

@@ -1,0 +1,78 @@
+"""The record of a run: who answered where, what each stage saw, NaN and False where nothing ran."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from iret.output import Output, Record
+from iret.runtime.cost import Shape, full_macs, macs
+from iret.selection import Choice
+
+# Two stages on a grid of 2 x 3 patches of 4 px.
+SHAPE = Shape(img_size=(8, 12), patch_size=4, in_chans=1, num_classes=2, embed_dims=(8, 8), depths=(1, 1), head_dim=8)
+EVERYONE = torch.arange(3)
+
+
+def choice(kept: list[list[int]], refined: list[list[int]]) -> Choice:
+    return Choice(torch.tensor(kept, dtype=torch.bool), torch.tensor(refined, dtype=torch.bool))
+
+
+def record(*stages: tuple[Tensor, Choice | None, Tensor], scored: bool) -> Output:
+    book = Record(SHAPE, 3, torch.device("cpu"))
+    for stage, (alive, chosen, answers) in enumerate(stages):
+        book.add(stage, alive, chosen, answers)
+    return book.finish(scored)
+
+
+def test_without_a_choice_every_patch_is_kept_and_refined_but_for_the_first_stage():
+    answers = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    out = record((EVERYONE, None, answers), (EVERYONE, None, -answers), scored=False)
+    assert out.trace.kept.shape == out.trace.refined.shape == (2, 3, 2, 3)
+    assert out.trace.kept.all()
+    assert not out.trace.refined[0].any()
+    assert out.trace.refined[1].all()
+    assert torch.equal(out.logits, -answers)
+    assert torch.equal(out.trace.stage_logits, torch.stack([answers, -answers]))
+    assert out.macs.tolist() == [full_macs(SHAPE) + 8 * 2] * 3  # the first stage's head answered too
+
+
+def test_images_that_left_keep_their_answer_and_the_others_get_a_later_one():
+    first = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    second = torch.tensor([[7.0, 8.0], [9.0, 0.0]])
+    went_on = torch.tensor([0, 2])
+    chosen = choice([[1, 1, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0]], [[0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0]])
+    out = record((EVERYONE, None, first), (went_on, chosen, second), scored=True)
+    assert out.trace.exit_stage.tolist() == [1, 0, 1]
+    assert out.logits.tolist() == [[7.0, 8.0], [3.0, 4.0], [9.0, 0.0]]
+    assert out.trace.stage_logits[1].isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2]
+    assert out.trace.kept[1].int().tolist() == [[[1, 1, 0], [0, 0, 1]], [[0, 0, 0]] * 2, [[0, 0, 0], [1, 0, 0]]]
+    assert out.trace.refined[1].int().tolist() == [[[0, 1, 0], [0, 0, 0]], [[0, 0, 0]] * 2, [[0, 0, 0], [1, 0, 0]]]
+    spent = macs(SHAPE, [[6, 6, 6], [3, 0, 1]], [[0, 0, 0], [1, 0, 1]], scored=True, stages_run=[2, 1, 2])
+    assert out.macs.tolist() == spent.tolist()
+    assert out.macs[1] < out.macs[2] < out.macs[0]
+
+
+def test_a_stage_that_nobody_reached_is_there_and_empty():
+    answers = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    out = record((EVERYONE, None, answers), scored=False)
+    assert out.trace.stage_logits.shape == (2, 3, 2)
+    assert out.trace.stage_logits[1].isnan().all()
+    assert not out.trace.kept[1].any()
+    assert not out.trace.refined[1].any()
+    assert torch.equal(out.logits, answers)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_what_choosing_costs_is_counted_once_tokens_were_chosen(scored):
+    answers = torch.zeros(3, 2)
+    out = record((EVERYONE, None, answers), (EVERYONE, None, answers), scored=scored)
+    scoring = 6 * 8  # one row of attention over 6 patches, 8 channels
+    assert out.macs.tolist() == [full_macs(SHAPE) + 8 * 2 + scoring * scored] * 3
+
+
+def test_gradients_go_to_the_answers_that_were_given():
+    first, second = torch.zeros(3, 2, requires_grad=True), torch.zeros(1, 2, requires_grad=True)
+    chosen = choice([[1] * 6], [[1] * 6])
+    record((EVERYONE, None, first), (torch.tensor([1]), chosen, second), scored=True).logits.sum().backward()
+    assert first.grad.tolist() == [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]
+    assert second.grad.tolist() == [[1.0, 1.0]]

@@ -1,0 +1,131 @@
+"""One photo, one answer and its price; thresholds as they are typed."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from iret import predict as predict_module
+from iret.model import Iret
+from iret.predict import predict, read_thresholds
+from iret.runtime.cost import Shape, full_macs
+from iret.runtime.preprocess import open_image
+
+
+def make_model(seed: int = 0) -> Iret:
+    """24 patches of 8 x 8, three stages; attention far from uniform, so that thresholds cut."""
+    torch.manual_seed(seed)
+    shape = Shape(
+        img_size=(32, 48),
+        patch_size=8,
+        in_chans=3,
+        num_classes=3,
+        embed_dims=(16, 16, 16),
+        depths=(1, 1, 1),
+        head_dim=16,
+    )
+    model = Iret(shape).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("qkv.weight") or "head" in name:
+            torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def make_photo(rows: int = 32, columns: int = 48) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (rows, columns, 3)).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("thresholds", "confidence"), [(0.0, None), (1.0, None), ((0.9, (1.0, 1.4)), 0.5)])
+def test_the_answer_is_that_of_a_run_on_the_photo(thresholds, confidence):
+    model, photo = make_model(), make_photo(50, 70)
+    model.labels = ("ant", "bee", "cat")
+    answer, trace = predict(model, photo, thresholds=thresholds, exit_confidence=confidence)
+    with torch.no_grad():
+        out = model.run(model.preprocess(photo), thresholds, confidence)
+    assert answer.label == model.labels[out.logits.argmax()]
+    assert answer.confidence == out.logits.softmax(1).max().item()
+    assert answer.kept == tuple(out.trace.kept.sum((1, 2, 3)).tolist())
+    assert answer.refined == tuple(out.trace.refined.sum((1, 2, 3)).tolist())
+    assert answer.macs == out.macs.item()
+    assert torch.equal(trace.kept, out.trace.kept)
+
+
+def test_the_share_is_of_the_full_model_so_its_other_heads_come_on_top():
+    model = make_model()
+    answer, _ = predict(model, make_photo())
+    assert answer.kept == (24, 24, 24)
+    assert answer.refined == (0, 24, 24)
+    assert answer.macs_share == 1 + 2 * 16 * 3 / full_macs(model.shape)
+
+
+def test_stages_are_counted_from_one_and_those_not_reached_hold_no_patch():
+    answer, trace = predict(make_model(), make_photo(), exit_confidence=0.0)
+    assert answer.exit_stage == 1
+    assert answer.kept == (24, 0, 0)
+    assert trace.stage_logits[1:].isnan().all()
+    assert predict(make_model(), make_photo())[0].exit_stage == 3
+
+
+def test_a_path_and_the_opened_photo_give_the_same_and_a_name_of_their_own(tmp_path):
+    model, path = make_model(), tmp_path / "photo.png"
+    make_photo(40, 40).save(path)
+    from_path, _ = predict(model, str(path))
+    opened, _ = predict(model, open_image(path), name="mine")
+    assert from_path.image == str(path)
+    assert opened.image == "mine"
+    assert opened.confidence == from_path.confidence
+
+
+def test_without_labels_the_class_is_its_number():
+    model = make_model()
+    answer, _ = predict(model, make_photo())
+    with torch.no_grad():
+        assert answer.label == str(model(model.preprocess(make_photo())).argmax().item())
+
+
+def test_the_time_is_of_a_second_run_alone(monkeypatch):
+    model, events, clock = make_model(), [], iter([10.0, 10.25])
+    run = model.run
+    monkeypatch.setattr(model, "run", lambda *args: events.append("run") or run(*args))
+    monkeypatch.setattr(predict_module.time, "perf_counter", lambda: events.append("clock") or next(clock))
+    answer, _ = predict(model, make_photo())
+    assert events == ["run", "clock", "run", "clock"]
+    assert answer.time_s == 0.25
+
+
+def test_what_is_no_photo_is_refused(tmp_path):
+    (tmp_path / "notes.jpg").write_text("milk, eggs")
+    with pytest.raises(ValueError, match=r"notes\.jpg is not an image"):
+        predict(make_model(), str(tmp_path / "notes.jpg"))
+
+
+# ---- thresholds as they are typed
+
+
+@pytest.mark.parametrize(
+    ("words", "thresholds"),
+    [
+        (["1"], 1.0),
+        (["0.5", "1.5"], (0.5, 1.5)),
+        (["1.0", "1.2:1.5"], (1.0, (1.2, 1.5))),
+        (["0.7:1.1", "0.8:1.3"], ((0.7, 1.1), (0.8, 1.3))),
+        (["1.0:1.5"], ((1.0, 1.5),)),
+        (["-1"], -1.0),  # refused later, by the model
+    ],
+)
+def test_words_become_thresholds(words, thresholds):
+    assert read_thresholds(words) == thresholds
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("high", "threshold 'high' is not a number or keep:refine, e.g. 1.0 or 1.2:1.5"),
+        ("1:", "threshold '1:' is not a number"),
+        ("1,5", "threshold '1,5' is not a number"),
+        ("1:2:3", "threshold '1:2:3' has 3 parts; write keep or keep:refine"),
+    ],
+)
+def test_a_word_that_is_no_threshold_is_named(word, message):
+    with pytest.raises(ValueError, match=message):
+        read_thresholds(["1.0", word])
