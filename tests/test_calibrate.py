@@ -66,24 +66,12 @@ def test_points_go_from_the_whole_model_down():
     assert whole.macs_mean == whole.macs_p95 == full_macs(model.shape) + 5 * (16 + 32)  # all heads answer
 
 
-def test_no_point_is_beaten_by_another():
+def test_neighbouring_points_lie_close():
     model = make_model()
-    whole, *others = calibrate(model, make_data(model), data_name="mine").points
-    accuracies = [point.accuracy for point in others]  # the cheaper the point, the lower
-    assert accuracies == sorted(accuracies, reverse=True)
-    assert len(set(accuracies)) == len(others)
-    assert whole.accuracy >= accuracies[0]
-
-
-def test_the_whole_model_stays_even_where_every_other_point_beats_it():
-    model = make_model()
-    table = calibrate(model, make_data(model, shift=1), data_name="mine")
-    whole, *others = table.points
-    assert whole.accuracy == 0.0
-    assert whole.kept_mean == (24.0, 24.0, 24.0)
-    accuracies = [point.accuracy for point in others]
-    assert accuracies == sorted(accuracies, reverse=True)
-    assert min(accuracies) > 0
+    table = calibrate(model, make_data(model), data_name="mine")
+    steps = -np.diff(shares(table))
+    thresholds = np.diff([point.thresholds[0][0] for point in table.points])
+    assert np.all((steps <= 0.05) | (thresholds <= 0.01))
 
 
 def test_the_table_says_what_it_was_measured_on_and_survives_its_file():

@@ -14,10 +14,10 @@ from iret.train.data import ImageData
 NAN = float("nan")
 SHAPE = Shape(img_size=(8, 8), patch_size=4, in_chans=3, num_classes=2, embed_dims=(16, 16), depths=(1, 1), head_dim=16)
 
-# Image i is of grey value i. Image 0 and 2 leave after the first stage when asked for a confidence.
+# Image i is of grey value i. Images 0 and 2 leave after the first stage when asked for a confidence.
 LABELS = (0, 1, 1, 0)
 FIRST = (0, 1, 0, 0)
-SECOND = (1, 1, 0, 1)
+SECOND = (1, 1, 0, 0)
 LEAVES = (True, False, True, False)
 MACS = (100, 200, 100, 400)
 SECOND_KEPT = (4, 2, 3, 1)
@@ -52,8 +52,8 @@ def make_data(labels=LABELS, corrupt: tuple[int, ...] = (), names: tuple[str, ..
 def test_accuracies_and_costs_are_means_over_images_whatever_the_batches(batch_size):
     (score,) = evaluate(Typed(SHAPE), make_data(), [Setting()], batch_size=batch_size)
     assert (score.num_images, score.num_skipped) == (4, 0)
-    assert score.accuracy == 0.25  # image 1
-    assert score.stage_accuracy == (0.75, 0.25)
+    assert score.accuracy == 0.5  # images 1 and 3
+    assert score.stage_accuracy == (0.75, 0.5)
     assert score.macs_mean == 200
     assert score.macs_p95 == pytest.approx(370)  # 0.85 of the way from 200 to 400
     assert score.kept_mean == (4.0, 2.5)
@@ -61,8 +61,8 @@ def test_accuracies_and_costs_are_means_over_images_whatever_the_batches(batch_s
 
 def test_a_stage_answers_for_the_images_that_reached_it():
     (score,) = evaluate(Typed(SHAPE), make_data(), [Setting(exit_confidence=0.9)], batch_size=3)
-    assert score.accuracy == 0.5  # 0 and 1
-    assert score.stage_accuracy == (0.75, 0.5)  # 1 and 3 reached the second
+    assert score.accuracy == 0.75  # all but image 2
+    assert score.stage_accuracy == (0.75, 1.0)  # 1 and 3 reached the second
     assert score.kept_mean == (4.0, 0.75)
 
 
@@ -75,7 +75,7 @@ def test_corrupt_images_are_counted_and_nothing_else():
     assert (score.accuracy, score.macs_mean) == (expected.accuracy, expected.macs_mean)
 
 
-@pytest.mark.parametrize(("most", "num_images", "accuracy"), [(1, 1, 0.0), (2, 2, 0.5), (3, 3, 1 / 3), (9, 4, 0.25)])
+@pytest.mark.parametrize(("most", "num_images", "accuracy"), [(1, 1, 0.0), (2, 2, 0.5), (3, 3, 1 / 3), (9, 4, 0.5)])
 @pytest.mark.parametrize("batch_size", [2, 100])
 def test_no_more_images_than_asked_for_are_scored(most, num_images, accuracy, batch_size):
     data = make_data(corrupt=(1,))
@@ -91,7 +91,7 @@ def test_settings_share_one_pass_over_the_data_and_come_back_in_order():
     settings = [Setting(exit_confidence=0.9), Setting(), Setting(thresholds=(1.0,), rule="topk", control="inverse")]
     scores = evaluate(Typed(SHAPE), data, settings)
     assert [score.setting for score in scores] == settings
-    assert [score.accuracy for score in scores] == [0.5, 0.25, 0.25]
+    assert [score.accuracy for score in scores] == [0.75, 0.5, 0.5]
     assert read == [0, 1, 2, 3]
 
 

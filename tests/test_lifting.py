@@ -8,7 +8,15 @@ import pytest
 import pywt
 import torch
 
-from iret.lifting import DawnOperator, Lifting, Lifting2d, LiftingStep, LinearOperator, lifting_penalty
+from iret.lifting import (
+    DawnOperator,
+    Lifting,
+    Lifting2d,
+    LiftingStep,
+    LinearLifting2d,
+    LinearOperator,
+    lifting_penalty,
+)
 from iret.runtime.cost import LIFTINGS
 
 
@@ -21,8 +29,8 @@ def make_lifting(operator: str, *, patch_size: int = 8, num_levels: int = 2, see
     return lifting
 
 
-def all_details(lifting: Lifting, bands: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [lifting.details(band, level) for level, band in enumerate(bands[:-1], start=1)]
+def all_details(lifting: Lifting, patches: torch.Tensor) -> list[torch.Tensor]:
+    return [lifting.details(patches, level) for level in range(1, len(lifting.levels) + 1)]
 
 
 # ---- perfect reconstruction
@@ -32,8 +40,7 @@ def all_details(lifting: Lifting, bands: list[torch.Tensor]) -> list[torch.Tenso
 def test_inverse_returns_the_patches_whatever_the_operators_are(operator):
     lifting = make_lifting(operator)
     patches = torch.randn(5, 3, 8, 8, dtype=torch.float64)
-    bands = lifting.approximations(patches)
-    again = lifting.inverse(bands[-1], all_details(lifting, bands))
+    again = lifting.inverse(lifting.coarse(patches), all_details(lifting, patches))
     torch.testing.assert_close(again, patches, rtol=0, atol=1e-12)  # float64, two levels of four steps
 
 
@@ -41,9 +48,19 @@ def test_inverse_returns_the_patches_whatever_the_operators_are(operator):
 def test_inverse_returns_the_patches_in_single_precision(operator):
     lifting = make_lifting(operator).float()
     patches = torch.rand(5, 3, 8, 8)
-    bands = lifting.approximations(patches)
-    again = lifting.inverse(bands[-1], all_details(lifting, bands))
+    again = lifting.inverse(lifting.coarse(patches), all_details(lifting, patches))
     torch.testing.assert_close(again, patches, rtol=0, atol=1e-5)  # float32; the bound is the spec's
+
+
+@pytest.mark.parametrize("operator", ["linear", "haar"])
+def test_the_level_of_matrices_equals_the_steps_it_stands_for(operator):
+    fast, steps = LinearLifting2d(operator, 3, 4).double(), Lifting2d(operator, 3, 4).double()
+    for parameter in fast.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    steps.load_state_dict(fast.state_dict())
+    patches = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    for got, expected in zip(fast(patches), steps(patches), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)  # float64, sums of 64
 
 
 def test_haar_inverse_is_exact_on_integers():
@@ -66,35 +83,33 @@ def test_a_step_is_undone_although_update_and_predict_are_not_invertible():
 def test_the_coarse_band_alone_equals_the_coarse_band_of_the_full_transform(operator):
     lifting = make_lifting(operator)
     patches = torch.randn(5, 3, 8, 8, dtype=torch.float64)
-    finer = patches
-    for level, band in zip(lifting.levels, lifting.approximations(patches)[1:], strict=True):
-        finer, _ = level(finer)
-        assert torch.equal(band, finer)
-
-
-def test_the_coarse_bands_need_no_predict():
-    lifting = make_lifting("linear")
-
-    def refuse(*_):
-        raise AssertionError("a predict ran")
-
+    band = patches
     for level in lifting.levels:
-        level.width.predict.register_forward_pre_hook(refuse)
-        level.height.predict.register_forward_pre_hook(refuse)
-    bands = lifting.approximations(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
-    assert [band.shape[-1] for band in bands] == [8, 4, 2]
-    with pytest.raises(AssertionError, match="a predict ran"):
-        lifting.details(bands[0], 1)
+        torch.testing.assert_close(level.coarse(band), level(band)[0], rtol=0, atol=1e-14)  # float64, sums of 8
+        band, _ = level(band)
+    torch.testing.assert_close(lifting.coarse(patches), band, rtol=0, atol=1e-13)  # float64, sums of 64
+
+
+@pytest.mark.parametrize("operator", LIFTINGS)
+def test_the_coarse_bands_need_no_predict(operator):
+    lifting = make_lifting(operator)
+    patches = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    before = lifting.coarse(patches)
+    for level in lifting.levels:
+        level.width.predict = level.height.predict = None
+    assert torch.equal(lifting.coarse(patches), before)
+    with pytest.raises((AttributeError, TypeError)):
+        lifting.details(patches, 1)
 
 
 @pytest.mark.parametrize("operator", LIFTINGS)
 def test_details_of_chosen_patches_are_a_slice_of_the_details_of_all(operator):
     lifting = make_lifting(operator)
-    bands = lifting.approximations(torch.randn(7, 3, 8, 8, dtype=torch.float64))
+    patches = torch.randn(7, 3, 8, 8, dtype=torch.float64)
     chosen = torch.tensor([5, 0, 3])
-    for level, finer in enumerate(bands[:-1], start=1):
-        expected = lifting.details(finer, level)[chosen]
-        got = lifting.details(finer[chosen], level)
+    for level in (1, 2):
+        expected = lifting.details(patches, level)[chosen]
+        got = lifting.details(patches[chosen], level)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)  # a matrix product may sum in another order
 
 
@@ -130,17 +145,17 @@ def test_haar_equals_pywavelets(operator):
 def test_a_haar_pyramid_equals_pywavelets_level_by_level():
     patches = np.random.default_rng(0).normal(size=(2, 1, 16, 16))
     coarse, (h2, v2, d2), (h1, v1, d1) = pywt.wavedec2(patches, "haar", level=2, axes=(-2, -1))
-    lifting = Lifting("haar", 1, 16, 2)
-    bands = lifting.approximations(torch.from_numpy(patches))
-    np.testing.assert_allclose(bands[-1].numpy(), coarse / 4, rtol=0, atol=1e-14)  # float64, sums of 16
+    lifting = Lifting("haar", 1, 16, 2).double()
+    pixels = torch.from_numpy(patches)
+    np.testing.assert_allclose(lifting.coarse(pixels).numpy(), coarse / 4, rtol=0, atol=1e-14)  # float64, sums of 16
     for level, wanted in ((1, (-h1, -v1, d1)), (2, (-h2, -v2, d2))):
-        got = lifting.details(bands[level - 1], level).numpy()
+        got = lifting.details(pixels, level).numpy()
         np.testing.assert_allclose(got, np.stack(wanted, 2) / 2**level, rtol=0, atol=1e-14)
 
 
 def test_the_learnable_lifting_starts_as_haar():
     patches = torch.randn(3, 2, 8, 8)
-    start, fixed = Lifting2d("linear", 2, 4)(patches), Lifting2d("haar", 2, 4)(patches)
+    start, fixed = LinearLifting2d("linear", 2, 4)(patches), LinearLifting2d("haar", 2, 4)(patches)
     assert torch.equal(start[0], fixed[0])
     assert torch.equal(start[1], fixed[1])
 
@@ -150,17 +165,17 @@ def test_the_learnable_lifting_starts_as_haar():
 
 def test_a_constant_patch_has_exactly_no_detail_at_the_start():
     lifting = Lifting("linear", 3, 8, 2)
-    bands = lifting.approximations(torch.rand(4, 3, 1, 1).expand(-1, -1, 8, 8))
-    assert all(details.count_nonzero() == 0 for details in all_details(lifting, bands))
-    assert torch.equal(bands[-1], bands[0][..., :2, :2])
+    patches = torch.rand(4, 3, 1, 1).expand(-1, -1, 8, 8)
+    assert all(details.count_nonzero() == 0 for details in all_details(lifting, patches))
+    torch.testing.assert_close(lifting.coarse(patches), patches[..., :2, :2], rtol=0, atol=1e-6)  # float32, sums of 64
 
 
 def test_a_constant_patch_has_no_detail_after_training_either():
     lifting = make_lifting("linear").float()
-    bands = lifting.approximations(torch.rand(4, 3, 1, 1).expand(-1, -1, 8, 8))
-    for details in all_details(lifting, bands):
+    patches = torch.rand(4, 3, 1, 1).expand(-1, -1, 8, 8)
+    for details in all_details(lifting, patches):
         torch.testing.assert_close(details, torch.zeros_like(details), rtol=0, atol=2e-6)  # float32, taps of size 1
-    torch.testing.assert_close(bands[-1], bands[0][..., :2, :2], rtol=0, atol=2e-6)
+    torch.testing.assert_close(lifting.coarse(patches), patches[..., :2, :2], rtol=0, atol=2e-6)
 
 
 # ---- operators
@@ -201,9 +216,9 @@ def test_the_dawn_operator_keeps_lines_apart_and_is_bounded():
 
 def test_every_axis_and_level_learns_its_own_update_and_predict():
     lifting = make_lifting("linear")
-    bands = lifting.approximations(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    patches = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     weight = torch.arange(1.0, 4.0, dtype=torch.float64)
-    sum((weight[:, None, None] * d.square()).sum() for d in all_details(lifting, bands)).backward()
+    sum((weight[:, None, None] * d.square()).sum() for d in all_details(lifting, patches)).backward()
     gradients = [parameter.grad for parameter in lifting.parameters()]
     assert len(gradients) == 2 * 2 * 2  # levels, axes, update and predict
     assert all(gradient is not None and gradient.norm() > 0 for gradient in gradients)

@@ -455,7 +455,10 @@ def test_features_are_the_normalised_tokens_of_the_last_stage():
     features = model.forward_features(images)
     assert features.shape == (4, 1 + 24, model.num_features) == (4, 25, 48)
     assert torch.equal(model.stages[-1].head(features[:, 0]), model(images))
-    torch.testing.assert_close(features.mean(-1), torch.zeros(4, 25), rtol=0, atol=1e-5)  # float32, a fresh norm
+    norm = model.stages[-1].norm
+    plain = (features - norm.bias) / norm.weight
+    torch.testing.assert_close(plain.mean(-1), torch.zeros(4, 25), rtol=0, atol=1e-5)  # float32, sums of 48
+    torch.testing.assert_close(plain.var(-1, correction=0), torch.ones(4, 25), rtol=0, atol=1e-4)
 
 
 def test_a_new_classifier_replaces_every_head_and_forgets_labels_and_points():

@@ -1,12 +1,14 @@
 """The plain ViT against timm with timm's own weights, and a Block on packed against dense tokens."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from iret.attention import ATTENTIONS
 from iret.tokens import Tokens, pack
-from iret.vit import Attention, Block, DropPath, Mlp, PatchEmbed, VisionTransformer, init_linear
+from iret.vit import Attention, Block, DropPath, Mlp, PatchEmbed, VisionTransformer, init_linear, sincos_positions
 
 
 def randomise(module: nn.Module) -> nn.Module:
@@ -157,3 +159,21 @@ def test_linear_layers_start_small_and_without_bias():
     for layer in (layers[0], layers[2]):
         assert 0.018 < layer.weight.std() < 0.022  # 4096 draws
     assert torch.equal(layers[1].weight, torch.ones(64))
+
+
+# ---- positions
+
+
+def test_positions_by_hand() -> None:
+    places = sincos_positions((2, 3), 8)
+    assert places.shape == (1, 7, 8)
+    slow = 1e-4
+    row, column = 1, 2  # the last cell: sine and cosine of the row at both wavelengths, then of the column
+    expected = [f(place * rate) for place in (row, column) for f in (math.sin, math.cos) for rate in (1, slow)]
+    torch.testing.assert_close(places[0, -1], torch.tensor(expected), rtol=0, atol=1e-6)  # float32
+    assert 0 < places[0, 0].abs().max() < 0.1  # the class token
+
+
+def test_positions_tell_every_cell_of_a_grid_apart() -> None:
+    places = sincos_positions((14, 14), 64)[0, 1:]
+    assert torch.pdist(places).min() > 0.1

@@ -138,6 +138,8 @@ _attend_op.register_autograd(_backward, setup_context=_setup_context)
 
 def class_row(q: Float[Tensor, "T H E"], k: Float[Tensor, "T H E"], tokens: Tokens) -> Float[Tensor, " T"]:
     """Attention of each image's class token over its patches: mean over heads, sums to 1 an image, 0 at class tokens."""
+    if tokens.is_even:
+        return _over_patches(q.unflatten(0, (tokens.batch_size, -1))[:, :1], k, tokens)
     return _over_patches(q[tokens.starts[:-1]].unsqueeze(1), k, tokens)
 
 

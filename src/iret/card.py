@@ -31,7 +31,8 @@ def write_card(
     model: Iret, title: str, folder: Path, data: ImageData, data_name: str, max_images: int | None = None
 ) -> str:
     """The card as Markdown. `data` is the test split; the training state in `folder` says how the model was trained."""
-    budgets = [budget for budget in BUDGETS if model.points and budget >= model.points.cheapest_budget]
+    cheapest = model.points.cheapest_budget if model.points else 1.0
+    budgets = [budget for budget in BUDGETS if budget == 1 or budget >= cheapest]
     settings = [Setting(thresholds=model.thresholds(budget)) for budget in budgets]
     scores = evaluate(model, data, settings, max_images=max_images)
     header = ["---", "library_name: iret", "license: apache-2.0", "pipeline_tag: image-classification", "---"]
@@ -80,8 +81,8 @@ def _budget_table(model: Iret, budgets: list[float], scores: list[Score]) -> lis
     lines = ["| budget | top-1 | of full MACs | patches a stage | heads of all stages |", "|---|---|---|---|---|"]
     for budget, score in zip(budgets, scores, strict=True):
         kept, heads = (
-            " / ".join(f"{value:.1f}" for value in values)
-            for values in (score.kept_mean, [100 * accuracy for accuracy in score.stage_accuracy])
+            " / ".join("-" if value is None else f"{value:.1f}" for value in values)
+            for values in (score.kept_mean, [right and 100 * right for right in score.stage_accuracy])
         )
         share = score.macs_mean / full_macs(model.shape)
         lines.append(f"| {budget:g} | {score.accuracy:.2%} | {share:.1%} | {kept} | {heads} |")

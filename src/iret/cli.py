@@ -51,14 +51,28 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _check_device(name: str) -> str:
-    """Raises ValueError for a device that torch does not have here; torch itself has several ways to fail."""
+    """Raises ValueError for a device that models do not run on here; torch itself has several ways to fail."""
     import torch
 
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here; `iret doctor` lists those that can.") from error
+        is_known = torch.device(name).type in ("cpu", "cuda", "mps")
+        torch.empty(0, device=name if is_known else "cpu")
+    except (RuntimeError, AssertionError):
+        is_known = False
+    if not is_known:
+        raise ValueError(f"device {name!r} cannot be used here; `iret doctor` lists those that can.")
     return name
+
+
+def _check_folder(path: str | None) -> None:
+    """Raises ValueError where a file cannot be written for want of a folder, before any work is lost."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{path} cannot be written: the folder {Path(path).parent} does not exist; make it first.")
+
+
+def _data_name(data: str) -> str:
+    """What cards and tables call the data: its folder's or file's name, never a path."""
+    return Path(data).resolve().name if Path(data).exists() else data
 
 
 def _open_data(args: argparse.Namespace, split: str, model):
@@ -76,6 +90,7 @@ def _predict(args: argparse.Namespace) -> int:
     from iret.runtime.preprocess import open_image
     from iret.zoo import load
 
+    _check_folder(args.show)
     model = load(args.model).to(_check_device(args.device))
     if args.threshold is not None:
         thresholds = read_thresholds(args.threshold)
@@ -186,7 +201,7 @@ def _eval(args: argparse.Namespace) -> int:
             (
                 name,
                 f"{s.accuracy:.2%}",
-                "/".join(f"{a:.1%}" for a in s.stage_accuracy),
+                "/".join("-" if a is None else f"{a:.1%}" for a in s.stage_accuracy),
                 f"{s.macs_mean / 1e6:.1f}",
                 f"{s.macs_p95 / 1e6:.1f}",
                 f"{s.macs_mean / full:.1%}",
@@ -210,7 +225,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a model folder to write {FILE_NAME} into; give one with --out.")
     data = _open_data(args, "val", model)
-    points = calibrate(model, data, data_name=Path(args.data).name, max_images=args.max_images, workers=args.workers)
+    points = calibrate(model, data, data_name=_data_name(args.data), max_images=args.max_images, workers=args.workers)
     write_atomically(folder / FILE_NAME, points.to_json().encode())
     if args.json:
         print(json.dumps(asdict(points)))
@@ -236,9 +251,11 @@ def _card(args: argparse.Namespace) -> int:
     from iret.zoo import load
 
     folder = Path(args.model)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a model folder to write a card into; copy the model first.")
     model = load(folder).to(_check_device(args.device))
     data = _open_data(args, "test", model)
-    text = write_card(model, args.name or folder.name, folder, data, Path(args.data).name, args.max_images)
+    text = write_card(model, args.name or folder.name, folder, data, _data_name(args.data), args.max_images)
     write_atomically(folder / "README.md", text.encode())
     say(f"written: {folder / 'README.md'}")
     if args.json:
@@ -374,7 +391,7 @@ def _add_threshold(parser) -> None:
         "--threshold",
         nargs="+",
         metavar="T",
-        help="times uniform attention: one for all transitions, or one each, as keep or keep:refine",
+        help="times uniform attention: one number for all transitions, or one entry each, keep or keep:refine",
     )
 
 

@@ -29,7 +29,7 @@ class Score:
     num_images: int
     num_skipped: int  # corrupt, not counted in `num_images`
     accuracy: float
-    stage_accuracy: tuple[float, ...]  # of each stage's head over the images that reached it
+    stage_accuracy: tuple[float | None, ...]  # of each stage's head over the images that reached it, None without any
     macs_mean: float
     macs_p95: float
     kept_mean: tuple[float, ...]  # patches in each stage
@@ -116,7 +116,7 @@ class _Tally:
             num_skipped=num_skipped,
             accuracy=float(np.concatenate(self.correct).mean()),
             stage_accuracy=tuple(
-                float((right & there).sum() / max(1, there.sum()))
+                float((right & there).sum() / there.sum()) if there.any() else None
                 for right, there in zip(stage_correct, reached, strict=True)
             ),
             macs_mean=float(macs.mean()),

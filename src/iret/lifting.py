@@ -27,15 +27,16 @@ class LinearOperator(nn.Module):
     def __init__(self, channels: int, length: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(3))
+        self.length = length
         middle = torch.arange(length)
-        taps = torch.stack([middle - 1, middle, middle + 1]).clamp(0, length - 1)
-        self.register_buffer("placement", F.one_hot(taps, length).float(), persistent=False)
-        self.register_buffer("identity", torch.tensor([0.0, 1.0, 0.0]), persistent=False)
+        taps = F.one_hot(torch.stack([middle - 1, middle, middle + 1]).clamp(0, length - 1), length).float()
+        # The taps are identity + weight - mean(weight); here as what each weight adds to the matrix.
+        self.register_buffer("basis", (taps - taps.mean(0)).flatten(1).T.contiguous(), persistent=False)
+        self.register_buffer("identity", torch.eye(length).flatten(), persistent=False)
 
     def matrix(self) -> Float[Tensor, "length length"]:
         """The operator as a matrix from the left."""
-        taps = self.identity + self.weight - self.weight.mean()
-        return (taps[:, None, None] * self.placement).sum(0)
+        return torch.addmv(self.identity, self.basis, self.weight).view(self.length, self.length)
 
     def forward(self, x: Float[Tensor, "T C lines length"]) -> Float[Tensor, "T C lines length"]:
         return x @ self.matrix().mT.to(x.dtype)
@@ -84,6 +85,10 @@ class LiftingStep(nn.Module):
         super().__init__()
         self.update = OPERATORS[operator](channels, half)
         self.predict = OPERATORS[operator](channels, half)
+        odd = torch.eye(half).repeat_interleave(2, dim=1)
+        odd[:, 0::2] = 0
+        self.register_buffer("half_eye", torch.eye(half) / 2, persistent=False)
+        self.register_buffer("odd", odd, persistent=False)  # picks the odd samples
 
     def coarse(self, x: Float[Tensor, "T C lines X"]) -> Float[Tensor, "T C lines X//2"]:
         return (x[..., 0::2] + self.update(x[..., 1::2])) / 2
@@ -96,16 +101,13 @@ class LiftingStep(nn.Module):
         return coarse, x[..., 1::2] - self.predict(coarse)
 
     def coarse_matrix(self) -> Float[Tensor, "half 2*half"]:
-        """A = (E + U O) / 2 of a linear step."""
-        update = self.update.matrix()
-        return torch.stack([torch.eye(len(update), device=update.device), update], dim=2).flatten(1) / 2
+        """A = (E + U O) / 2 of a linear step, where E and O pick the even and the odd samples."""
+        return torch.stack([self.half_eye, self.update.matrix() / 2], dim=2).flatten(1)
 
     def matrix(self) -> Float[Tensor, "length length"]:
         """A above D = O - P A."""
-        coarse, predict = self.coarse_matrix(), self.predict.matrix()
-        odd = torch.eye(len(predict), device=predict.device).repeat_interleave(2, dim=1)
-        odd[:, 0::2] = 0
-        return torch.cat([coarse, odd - _product(predict, coarse)])
+        coarse = self.coarse_matrix()
+        return torch.cat([coarse, self.odd - _product(self.predict.matrix(), coarse)])
 
     def inverse(
         self, coarse: Float[Tensor, "T C lines half"], detail: Float[Tensor, "T C lines half"]
@@ -139,14 +141,14 @@ class Lifting2d(nn.Module):
         self, ll: Float[Tensor, "T C half half"], details: Float[Tensor, "T C 3 half half"]
     ) -> Float[Tensor, "T C 2*half 2*half"]:
         lh, hl, hh = (band.mT for band in details.unbind(2))
-        low, high = self.height.inverse(ll.mT, lh).mT, self.height.inverse(hl.mT, hh.mT).mT
+        low, high = self.height.inverse(ll.mT, lh).mT, self.height.inverse(hl, hh).mT
         return self.width.inverse(low, high)
 
 
 class LinearLifting2d(Lifting2d):
     """The same level where U and P are matrices: two small products, W_height x W_width^T, several times faster.
 
-    W stacks A = (E + U O) / 2 over D = O - P A, where E and O pick the even and the odd samples.
+    W stacks the two matrices of `LiftingStep`.
     """
 
     def coarse(self, x: Float[Tensor, "T C Y X"]) -> Float[Tensor, "T C Y//2 X//2"]:

@@ -21,20 +21,29 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iret.attention import ATTENTIONS
 from iret.lifting import Lifting, lifting_penalty
 from iret.output import Output, Record
-from iret.runtime.cost import Shape
+from iret.runtime.cost import Shape, full_macs
 from iret.runtime.keep import read_strengths
 from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, check_budget
 from iret.runtime.preprocess import Preprocess, Source
-from iret.selection import Choice, accumulate, choose, replace_importance, select, take_images, to_importance
+from iret.selection import (
+    Choice,
+    accumulate,
+    check_control,
+    choose,
+    replace_importance,
+    select,
+    take_images,
+    to_importance,
+)
 from iret.tokens import Tokens, pack
-from iret.vit import NORM_EPS, Block, init_linear
+from iret.vit import NORM_EPS, Block, init_linear, sincos_positions
 from iret.weights import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -91,21 +100,17 @@ class Transition(nn.Module):
         self.widen = nn.Linear(before, dim)
         self.detail_norm = nn.LayerNorm(detail_size, elementwise_affine=False)
         self.detail_embed = nn.Linear(detail_size, dim, bias=False)
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + shape.num_patches, dim))
+        self.pos_embed = nn.Parameter(sincos_positions(shape.grid, dim))
 
     def init_weights(self) -> None:
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.detail_embed.weight, std=self.detail_embed.in_features**-0.5)
         with torch.no_grad():
             self.widen.weight.copy_(torch.eye(*self.widen.weight.shape))
 
-    def forward(
-        self, tokens: Tokens, details: Float[Tensor, "K C 3 P P"], is_refined: Bool[Tensor, " T"] | None
-    ) -> Tokens:
-        """`details` belong to the tokens marked by `is_refined`, in their order; None: to every patch."""
+    def forward(self, tokens: Tokens, details: Float[Tensor, "K C 3 P P"], rows: Int[Tensor, " K"]) -> Tokens:
+        """`details` are those of the tokens in `rows`."""
         x = self.widen(self.norm(tokens.x_TD)) + self.pos_embed[0, tokens.cell_T + 1]
         extra = self.detail_embed(self.detail_norm(details.flatten(1))).to(x.dtype)
-        rows = (tokens.cell_T >= 0 if is_refined is None else is_refined).nonzero().squeeze(1)
         return tokens.with_x(x.index_add(0, rows, extra))
 
 
@@ -127,12 +132,11 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         rates = torch.linspace(0, drop_path_rate, sum(shape.depths)).split(shape.depths)
         self.lifting = Lifting(shape.lifting, shape.in_chans, shape.patch_size, shape.levels)
         self.patch_embed = nn.Linear(shape.in_chans * shape.side(shape.levels) ** 2, shape.embed_dims[0])
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + shape.num_patches, shape.embed_dims[0]))
+        self.pos_embed = nn.Parameter(sincos_positions(shape.grid, shape.embed_dims[0]))
         self.stages = nn.ModuleList(Stage(shape, index, attention, rate.tolist()) for index, rate in enumerate(rates))
         self.transitions = nn.ModuleList(Transition(shape, stage) for stage in range(1, len(shape.depths)))
         init_linear(self)
         nn.init.trunc_normal_(self.patch_embed.weight, std=self.patch_embed.in_features**-0.5)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for transition in self.transitions:
             transition.init_weights()
 
@@ -189,8 +193,13 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
             ValueError: images that do not fit or hold NaN, thresholds that do not fit.
         """
         self._check_images(images)
-        if not bool(torch.isfinite(images.sum())):
+        if not bool(torch.isfinite(images.sum(dtype=torch.promote_types(images.dtype, torch.float32)))):
             raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")
+        if exit_confidence is not None and not exit_confidence >= 0:
+            raise ValueError(
+                f"exit_confidence={exit_confidence:g} must be 0 (leave at once) or more; above 1 nobody leaves."
+            )
+        check_control(control)
         given = thresholds.detach().cpu().numpy() if isinstance(thresholds, Tensor) else thresholds
         strengths = read_strengths(given, len(images), len(self.transitions), rule)
         drops = bool(strengths.any())
@@ -238,15 +247,20 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         self, stage: int, tokens: Tokens, patches: Tensor, alive: Int[Tensor, " b"], choice: Choice | None
     ) -> Tokens:
         """Into `stage` for the images `alive`; without a `choice` every patch gets its details."""
-        num_cells, is_refined = self.shape.num_patches, None
-        if choice is not None:
-            image, cell = choice.refined.nonzero(as_tuple=True)
-            patches = patches[alive[image] * num_cells + cell]
-            is_refined = F.pad(choice.refined, (1, 0)).view(-1)[tokens.grid_index(num_cells)]
-        elif len(alive) * num_cells < len(patches):
-            patches = patches.unflatten(0, (-1, num_cells))[alive].flatten(0, 1)
+        num_cells = self.shape.num_patches
+        is_refined, live = tokens.cell_T >= 0, tokens.live_T()
+        if live is not None:
+            is_refined &= live
+        if choice is not None and choice.refined is not choice.kept:
+            is_refined &= F.pad(choice.refined, (1, 0)).view(-1)[tokens.grid_index(num_cells)]
+        rows = is_refined.nonzero().squeeze(1)
+        if len(rows) < len(patches):
+            where = tokens.cell_T[rows]
+            if len(patches) > num_cells:
+                where += num_cells * alive[tokens.image_T()[rows]]
+            patches = patches[where]
         details = self.lifting.details(patches, self.shape.detail_level(stage))
-        return self.transitions[stage - 1](tokens, details, is_refined)
+        return self.transitions[stage - 1](tokens, details, rows)
 
     def _check_images(self, images: Tensor) -> None:
         wanted = (self.shape.in_chans, *self.shape.img_size)
@@ -312,6 +326,8 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         write_weights(save_directory / WEIGHTS_NAME, self.state_dict())
         if self.points is not None:
             write_atomically(save_directory / POINTS_NAME, self.points.to_json().encode())
+        else:
+            (save_directory / POINTS_NAME).unlink(missing_ok=True)  # of a model that was here before
         config = {
             "format": FORMAT,
             "name": self.name,
@@ -340,21 +356,24 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
             model.labels = None if config["labels"] is None else tuple(config["labels"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{source} is not the configuration of an Iret ({error!r}).") from error
+        if model.labels is not None and len(model.labels) != shape.num_classes:
+            raise ValueError(f"{source} names {len(model.labels)} labels for a model of {shape.num_classes} classes.")
         load_exactly(model, read_weights(folder / WEIGHTS_NAME), str(folder / WEIGHTS_NAME))
-        model.points = OperatingPoints.read(folder)
+        points = OperatingPoints.read(folder)
+        if points is not None and not points.fit(full_macs(shape), len(model.transitions)):
+            raise ValueError(f"{folder / POINTS_NAME} belongs to another model; run `iret calibrate` again.")
+        model.points = points
         return model.eval()
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, cache_dir, force_download, local_files_only, token, revision, **_):
-        if Path(model_id).is_dir():
-            return cls.from_folder(Path(model_id))
-        folder = snapshot_download(
-            model_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            token=token,
-            local_files_only=local_files_only,
-            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, POINTS_NAME],
-        )
-        return cls.from_folder(Path(folder))
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options) -> "Iret":  # type: ignore[override]
+        """A saved model from a folder or a hub repository; `hub_options` are those of `huggingface_hub.snapshot_download`.
+
+        Raises:
+            ValueError: as `from_folder`.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            files = [CONFIG_NAME, WEIGHTS_NAME, POINTS_NAME]
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=files, **hub_options))
+        return cls.from_folder(folder)

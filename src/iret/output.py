@@ -44,19 +44,23 @@ class Record:
 
     def add(self, stage: int, alive: Tensor, choice: Choice | None, answers: Tensor) -> None:
         """The images `alive` passed `stage` on the patches of `choice` (None: all) and its head said `answers`."""
-        where = alive if len(alive) < len(self.exit_stage) else slice(None)  # a slice is several times cheaper
+        every = len(alive) == len(self.exit_stage)
+        where = slice(None) if every else alive  # a slice is several times cheaper
         self.kept[stage, where] = True if choice is None else choice.kept
         self.refined[stage, where] = stage > 0 if choice is None else choice.refined
         self.exit_stage[where] = stage
-        unanswered = answers.new_full((self.exit_stage.shape[0], answers.shape[1]), float("nan"))
-        self.stage_logits.append(unanswered.index_copy(0, alive, answers))
+        if not every:
+            unanswered = answers.new_full((self.exit_stage.shape[0], answers.shape[1]), float("nan"))
+            answers = unanswered.index_copy(0, alive, answers)
+        self.stage_logits.append(answers)
 
     def finish(self, scored: bool) -> Output:
-        not_run = torch.full_like(self.stage_logits[0], float("nan"))
-        missing = len(self.shape.depths) - len(self.stage_logits)
-        stage_logits = torch.stack(self.stage_logits + [not_run] * missing)
-        logits = stage_logits[self.exit_stage, torch.arange(self.exit_stage.shape[0], device=not_run.device)]
+        if missing := len(self.shape.depths) - len(self.stage_logits):
+            self.stage_logits += [torch.full_like(self.stage_logits[0], float("nan"))] * missing
+        stage_logits = torch.stack(self.stage_logits)
+        device = stage_logits.device
+        logits = stage_logits[self.exit_stage, torch.arange(len(self.exit_stage), device=device)]
         counts = [grid.sum(2).cpu().numpy() for grid in (self.kept, self.refined)]
         spent = macs(self.shape, *counts, scored=scored, stages_run=self.exit_stage.cpu().numpy() + 1)
         grids = (grid.unflatten(2, self.shape.grid) for grid in (self.kept, self.refined))
-        return Output(logits, torch.from_numpy(spent).to(not_run.device), Trace(stage_logits, self.exit_stage, *grids))
+        return Output(logits, torch.from_numpy(spent).to(device), Trace(stage_logits, self.exit_stage, *grids))

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from iret.runtime.keep import ROUNDING, check_rule
+from iret.runtime.keep import ROUNDING_PATCHES, ROUNDING_SHARE, check_rule
 from iret.tokens import Tokens
 
 CONTROLS = ("attention", "random", "inverse")
@@ -59,7 +59,7 @@ def keep(
     check_rule(rule)
     live = importance > float("-inf")
     if rule == "threshold":
-        kept = importance >= strength[:, None]
+        kept = importance >= strength[:, None] - ROUNDING_SHARE
         floor = min(min_keep, importance.shape[1])
         if bool((kept.sum(1) < floor).any()):  # sorting only where the floor is reached
             order = importance.argsort(dim=1, descending=True, stable=True)
@@ -69,13 +69,13 @@ def keep(
     rank = order.argsort(1)
     kept = rank < min_keep
     if rule == "topk":
-        kept |= rank < torch.ceil((1 - strength.double()) * live.sum(1) - ROUNDING)[:, None]
+        kept |= rank < torch.ceil((1 - strength.double()) * live.sum(1) - ROUNDING_PATCHES)[:, None]
     else:
         share = torch.where(live, importance, 0.0).double()
         share = share / share.sum(1, keepdim=True)
         ordered = share.gather(1, order)
         held_before = ordered.cumsum(1) - ordered
-        kept |= held_before.gather(1, rank) < (1 - strength.double())[:, None] - ROUNDING
+        kept |= held_before.gather(1, rank) < (1 - strength.double())[:, None] - ROUNDING_SHARE
         kept |= strength[:, None] <= 0
     return kept & live
 
@@ -125,14 +125,19 @@ def take_images(tokens: Tokens, images: Bool[Tensor, " B"]) -> Tokens:
     )
 
 
+def check_control(control: str) -> None:
+    """Raises ValueError for a name that is not a control."""
+    if control not in CONTROLS:
+        raise ValueError(f"control={control!r} is unknown; choose from {', '.join(CONTROLS)}.")
+
+
 def replace_importance(importance: Float[Tensor, "B cells"], control: str) -> Float[Tensor, "B cells"]:
     """What a choice without attention would see: "random" or "inverse" importance on the same live patches.
 
     Raises:
         ValueError: another name than these or "attention", which changes nothing.
     """
-    if control not in CONTROLS:
-        raise ValueError(f"control={control!r} is unknown; choose from {', '.join(CONTROLS)}.")
+    check_control(control)
     if control == "attention":
         return importance
     other = torch.rand_like(importance) if control == "random" else 1 / (1e-6 + importance)

@@ -155,6 +155,22 @@ class VisionTransformer(nn.Module):
         return self.head(self.forward_features(images)[:, 0])
 
 
+def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 N D"]:
+    """Sines and cosines of row and column at dim / 4 wavelengths from 2 pi to 2 pi 10,000 cells; first a class token of noise.
+
+    Where learned positions start. Source: the 2-D form of Vaswani et al. 2017 as in Beyer et al. 2022, "Better plain ViT
+    baselines for ImageNet-1k".
+    """
+    frequencies = 10_000.0 ** -torch.linspace(0, 1, dim // 4)
+    rows, columns = (torch.arange(side)[:, None] * frequencies for side in grid)
+    angles = torch.stack(
+        [rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)], dim=2
+    )  # [rows, columns, 2, dim / 4]
+    places = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(0, 1).flatten(1)
+    class_token = nn.init.trunc_normal_(torch.empty(1, dim), std=0.02)  # a norm's gradient explodes at zero
+    return torch.cat([class_token, F.pad(places, (0, dim - places.shape[1]))])[None]
+
+
 def init_linear(module: nn.Module) -> None:
     """Truncated normal weights (std 0.02) and zero biases in every linear layer, as ViTs are started."""
     for part in module.modules():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from iret.runtime.points import FILE_NAME, OperatingPoints, Point, check_budget, pareto
+from iret.runtime.points import FILE_NAME, OperatingPoints, Point, check_budget
 
 
 def point(macs: float, accuracy: float, *thresholds: tuple[float, float]) -> Point:
@@ -80,12 +80,13 @@ def test_an_empty_table_is_refused():
         OperatingPoints(data="", num_images=1, full_macs=10, points=())
 
 
-def test_points_that_another_one_beats_are_left_out():
-    a, b, c = point(100.0, 0.9), point(60.0, 0.8), point(30.0, 0.5)
-    dearer_and_worse, as_dear_but_worse, dearer_and_no_better = point(70.0, 0.7), point(60.0, 0.75), point(80.0, 0.8)
-    points = [dearer_and_worse, c, a, as_dear_but_worse, b, dearer_and_no_better]
-    assert pareto(points) == (a, b, c)
-    assert pareto([]) == ()
+def test_at_a_cliff_between_points_the_cheaper_one_is_taken():
+    ladder = ((100.0, 0.0), (95.0, 0.69), (20.0, 0.7), (10.0, 2.0))
+    points = tuple(point(macs, 0.5, (rung, rung)) for macs, rung in ladder)
+    table = OperatingPoints(data="made up", num_images=1, full_macs=100, points=points)
+    assert table.thresholds(0.5) == points[2].thresholds
+    assert table.thresholds(0.95) == points[1].thresholds
+    assert table.thresholds(0.15)[0][0] == pytest.approx(1.35)
 
 
 # ---- the file

@@ -8,6 +8,7 @@ Counts may be Python ints or integer arrays of any shape, one entry per image. R
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,7 @@ def scoring_macs(shape: Shape, stage: int, tokens: Count) -> Count:
     """Reading the importance off the last blocks of `stage`."""
     dim = shape.embed_dims[stage]
     if shape.importance == "column":
-        return tokens * tokens * dim
+        return tokens * (tokens - 1) * dim
     return min(shape.scored_blocks, shape.depths[stage]) * (tokens - 1) * dim
 
 
@@ -167,6 +168,21 @@ def stage_macs(shape: Shape, stage: int, kept: Count, refined: Count, scored: bo
     return total
 
 
+@cache
+def _coefficients(shape: Shape, scored: bool) -> np.ndarray:
+    """int64 [S, 4]: a stage's MACs are  a + b kept + c kept^2 + d refined,  read off `stage_macs` at four points."""
+    rows = []
+    for stage in range(len(shape.depths)):
+        is_scored = scored and stage < len(shape.depths) - 1
+        none, one, two, refined = (
+            int(stage_macs(shape, stage, kept, refined, is_scored))
+            for kept, refined in ((0, 0), (1, 0), (2, 0), (0, 1))
+        )
+        square = (two - 2 * one + none) // 2
+        rows.append((none, one - none - square, square, refined - none))
+    return np.array(rows, dtype=np.int64)
+
+
 def macs(shape: Shape, kept: Count, refined: Count, *, scored: bool, stages_run: Count | None = None) -> np.ndarray:
     """MACs of `Iret.run` per image, int64 [B].
 
@@ -174,14 +190,11 @@ def macs(shape: Shape, kept: Count, refined: Count, *, scored: bool, stages_run:
     says whether tokens were chosen; `stages_run` [B] counts the stages an image passed before it exited.
     """
     kept, refined = np.asarray(kept, dtype=np.int64), np.asarray(refined, dtype=np.int64)
-    num_stages = len(shape.depths)
-    run = np.full(kept.shape[1:], num_stages) if stages_run is None else np.asarray(stages_run)
-    total = np.zeros(kept.shape[1:], dtype=np.int64)
-    for stage in range(num_stages):
-        is_last = stage == num_stages - 1
-        cost = stage_macs(shape, stage, kept[stage], refined[stage], scored and not is_last)
-        total += np.where(stage < run, cost, 0)
-    return total
+    terms = np.stack([np.ones_like(kept), kept, kept * kept, refined], axis=-1)
+    spent = (terms * _coefficients(shape, scored)[:, None]).sum(-1)
+    if stages_run is not None:
+        spent = spent * (np.arange(len(spent))[:, None] < np.asarray(stages_run))
+    return spent.sum(0)
 
 
 def full_macs(shape: Shape) -> int:

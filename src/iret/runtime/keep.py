@@ -15,7 +15,9 @@ Source: the threshold is IRET's (GLSVLSI 2024, abstract); mass and top-k are the
 import numpy as np
 
 RULES = ("threshold", "mass", "topk")
-ROUNDING = 1e-6  # a share of 0.1 is not exact in binary; without this, ceil(0.1 * 10) may be 2
+# A mean is off by a rounding, and then uniform attention is not 1; a share of 0.1 is not exact in binary, and then
+# ceil(0.1 * 10) is 2. Wide enough for single precision.
+ROUNDING_SHARE, ROUNDING_PATCHES = 1e-6, 1e-4
 
 
 def keep(importance: np.ndarray, strength: np.ndarray, rule: str = "threshold", min_keep: int = 8) -> np.ndarray:
@@ -30,15 +32,15 @@ def keep(importance: np.ndarray, strength: np.ndarray, rule: str = "threshold", 
     rank = np.argsort(order, axis=1, kind="stable")
     kept = rank < min_keep
     if rule == "threshold":
-        kept |= importance >= strength[:, None]
+        kept |= importance >= strength[:, None] - ROUNDING_SHARE
     elif rule == "topk":
-        kept |= rank < np.ceil((1 - strength) * live.sum(1) - ROUNDING)[:, None]
+        kept |= rank < np.ceil((1 - strength) * live.sum(1) - ROUNDING_PATCHES)[:, None]
     else:
         share = np.where(live, importance, 0.0)
         share = share / share.sum(1, keepdims=True)
         ordered = np.take_along_axis(share, order, 1)
         held_before = np.cumsum(ordered, 1) - ordered
-        kept |= np.take_along_axis(held_before, rank, 1) < (1 - strength)[:, None] - ROUNDING
+        kept |= np.take_along_axis(held_before, rank, 1) < (1 - strength)[:, None] - ROUNDING_SHARE
         kept |= strength[:, None] <= 0
     return kept & live
 

@@ -12,6 +12,7 @@ import numpy as np
 
 FORMAT = 1
 FILE_NAME = "points.json"
+CLIFF_SHARE, CLIFF_STEP = 0.1, 0.02  # so much of the full MACs on so little of the threshold is a cliff
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPoints:
-    """Points of one model, dearest first; none is both dearer and less accurate than another."""
+    """Points of one model, dearest first."""
 
     data: str  # what it was measured on
     num_images: int
@@ -45,8 +46,14 @@ class OperatingPoints:
     def cheapest_budget(self) -> float:
         return self.points[-1].macs_mean / self.full_macs
 
+    def fit(self, full_macs: int, num_transitions: int) -> bool:
+        """Whether they are those of a model of this cost and number of transitions."""
+        return self.full_macs == full_macs and all(len(point.thresholds) == num_transitions for point in self.points)
+
     def thresholds(self, budget: float) -> tuple[tuple[float, float], ...]:
         """Thresholds whose mean MACs are `budget` in (0, 1] times the full model's, interpolated between points.
+
+        Where a hair of threshold drops much, nothing between can be relied on, and the cheaper of the two points is taken.
 
         Raises:
             ValueError: outside (0, 1], or below the cheapest point.
@@ -62,6 +69,10 @@ class OperatingPoints:
         shares = np.array([point.macs_mean / self.full_macs for point in self.points])[::-1]
         settings = np.array([point.thresholds for point in self.points])[::-1]  # [points, transitions, 2]
         flat = settings.reshape(len(shares), -1)
+        above = int(np.searchsorted(shares, budget))
+        if 0 < above < len(shares) and shares[above] - shares[above - 1] > CLIFF_SHARE:
+            if np.abs(flat[above] - flat[above - 1]).max() < CLIFF_STEP:
+                budget = shares[above - 1]
         found = np.array([np.interp(budget, shares, column) for column in flat.T]).reshape(-1, 2)
         return tuple((float(keep), float(refine)) for keep, refine in found)
 
@@ -69,7 +80,7 @@ class OperatingPoints:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, source: str = FILE_NAME) -> "OperatingPoints":
+    def from_json(cls, text: str | bytes, source: str = FILE_NAME) -> "OperatingPoints":
         """Raises ValueError for text that is not such a table, naming `source`."""
         try:
             raw = json.loads(text)
@@ -93,19 +104,10 @@ class OperatingPoints:
     def read(cls, folder: Path) -> "OperatingPoints | None":
         """The table in a model folder, None if there is none."""
         path = folder / FILE_NAME
-        return cls.from_json(path.read_text(), str(path)) if path.exists() else None
+        return cls.from_json(path.read_bytes(), str(path)) if path.exists() else None
 
 
 def check_budget(budget: float) -> None:
     """Raises ValueError unless `budget` is in (0, 1]."""
     if not 0 < budget <= 1:
         raise ValueError(f"budget={budget:g} is outside (0, 1]; it is a share of the full model's MACs.")
-
-
-def pareto(points: list[Point]) -> tuple[Point, ...]:
-    """Points that no other one beats in both accuracy and mean MACs, dearest first."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.macs_mean, -p.accuracy)):
-        if not best or point.accuracy > best[-1].accuracy:
-            best.append(point)
-    return tuple(reversed(best))

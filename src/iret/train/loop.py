@@ -78,6 +78,8 @@ def train(recipe: Recipe, options: RunOptions) -> Report:
         ValueError: data, model or state that does not fit.
         KeyboardInterrupt: after the state is saved.
     """
+    if options.steps is not None and options.steps < 1:
+        raise ValueError(f"steps={options.steps} must be 1 or more.")
     if not options.resume and (options.out / "train_state.safetensors").exists():
         raise ValueError(f"{options.out} holds a run already; go on with --resume or choose another --out.")
     fabric = launch(options.device)
@@ -220,7 +222,7 @@ class _Run:
             raise
         is_finished = self.progress.step >= self.num_steps
         if is_finished and is_first:
-            self.ema.points = calibrate(self.ema, self.held_out, data_name=Path(self.options.data).name)
+            self.ema.points = calibrate(self.ema, self.held_out, data_name=Path(self.options.data).resolve().name)
             self.ema.save_pretrained(out)
         return Report(is_finished, self.progress.step, self.num_steps, self.progress.time_s, self.progress.skipped)
 

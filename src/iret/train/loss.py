@@ -32,7 +32,7 @@ def distill(student: Float[Tensor, "B classes"], teacher: Float[Tensor, "B class
 def draw_thresholds(
     batch: int, transitions: int, largest: float, generator: torch.Generator, keep_all: float = 0.0
 ) -> Float[Tensor, "batch transitions"]:
-    """Per image: a share `keep_all` at 0, a fifth at `largest`, the rest uniform with 10 % jitter per transition."""
+    """Per image: a share `keep_all` at 0, a fifth at `largest`, the rest uniform below; 10 % jitter per transition."""
     level = torch.rand(batch, 1, generator=generator)
     kind = torch.rand(batch, 1, generator=generator)
     jitter = 1 + 0.1 * (2 * torch.rand(batch, transitions, generator=generator) - 1)

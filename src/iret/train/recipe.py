@@ -89,7 +89,7 @@ def digits_nano() -> Recipe:
     return Recipe(
         name="digits_nano",
         model="iret_nano",
-        epochs=8.0,
+        epochs=10.0,
         batch_size=64,
         lr=1e-3,
         warmup_epochs=0.25,
