@@ -95,9 +95,9 @@ def test_a_patch_is_drawn_as_finely_as_it_was_read_and_dark_once_it_is_dropped(s
     np.testing.assert_allclose(drawn, expected, rtol=0, atol=1)  # whole numbers
 
 
-def test_what_gets_details_on_the_way_into_a_stage_is_outlined_in_amber_and_nothing_else():
+def test_what_gets_details_is_outlined_in_amber_and_nothing_else():
     sheet = draw_focus(make_model(), Image.fromarray(make_pixels()), SEEN)
-    for index, cells in enumerate([set(), set(), set(range(4, 12)), {4, 5, 6, 7}]):
+    for index, cells in enumerate([{4, 5, 6, 7}, set(), set(range(4, 12)), {4, 5, 6, 7}]):
         outlined = (panel(sheet, index) == OUTLINE).all(2)
         expected = np.zeros_like(outlined)
         for row, column in (divmod(cell, 4) for cell in cells):
@@ -114,11 +114,19 @@ def test_a_stage_that_was_not_reached_has_no_panel():
         assert sheet.width == MARGIN + num_panels * (PANEL + MARGIN)
 
 
-def test_the_first_panel_is_the_photo_as_the_model_got_it():
-    model = make_model()
-    wide = Image.new("RGB", (3 * SIDE, SIDE), "red")
-    wide.paste("blue", (SIDE, 0, 2 * SIDE, SIDE))  # the centre, which is all that the model gets
-    assert (panel(draw_focus(model, wide, SEEN), 0) == (0, 0, 255)).all()
+def test_the_first_panel_is_the_centre_of_the_photo_dark_where_it_was_dropped():
+    wide = Image.new("RGB", (3 * PANEL, PANEL), "red")
+    wide.paste("blue", (PANEL, 0, 2 * PANEL, PANEL))  # the centre, which is all that the model gets
+    first = panel(draw_focus(make_model(), wide, make_trace([ALL, ALL, set(range(8))], [])), 0)
+    assert (first[: PANEL // 2] == (0, 0, 255)).all()
+    assert (first[PANEL // 2 :] == (0, 0, int(DIM * 255))).all()
+
+
+def test_the_first_panel_is_finer_than_what_the_model_saw():
+    stripes = np.zeros((PANEL, PANEL, 3), dtype=np.uint8)
+    stripes[:, 0::2] = 255  # a pixel wide: grey to the model
+    first = panel(draw_focus(make_model(), Image.fromarray(stripes), make_trace([ALL], [])), 0)
+    assert np.array_equal(first, stripes)
 
 
 def test_a_model_of_grey_images_is_drawn_in_grey():

@@ -1,6 +1,7 @@
 """Pictures: what a model looked at coarsely, in detail, and dropped; accuracy against cost."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,51 +18,61 @@ OUTLINE = (255, 176, 0)  # amber: told apart from photos and by colour-blind eye
 
 
 def draw_focus(model: Iret, image: Source, trace: Trace, title: str = "") -> Image.Image:
-    """One row of panels: the photo as the model got it, then each stage as it saw it.
+    """One row of panels: the photo under the outcome, then each stage as it saw the photo.
 
-    A patch is drawn at the resolution its token holds: coarse squares where only coarse bands were read, sharper with an
-    amber outline where details were added on the way into the stage, dark where it was dropped.
+    In a stage's panel a patch is drawn at the resolution its token holds: coarse squares where only coarse bands were read,
+    sharper with an amber outline where details were added on the way into the stage, dark where it was dropped. Over the
+    photo, what the last stage dropped is dark and what was ever refined of the rest is outlined.
     """
-    pixels = model.preprocessing.fit(open_image(image))
-    photo = Image.fromarray(pixels.repeat(3 // pixels.shape[2], axis=2))
-    scale = max(1, round(PANEL / max(photo.size)))
-    panels = [photo.resize((photo.width * scale, photo.height * scale), Image.Resampling.BICUBIC)]
-    captions = ["input"]
-    num_stages, size = len(model.stages), model.shape.patch_size
+    photo = open_image(image)
+    seen = _as_rgb(model.preprocessing.fit(photo))
+    (rows, columns, _), size = seen.shape, model.shape.patch_size
+    scale = max(1, round(PANEL / max(rows, columns)))
+    fine = replace(model.preprocessing, img_size=(rows * scale, columns * scale))
+    stages = [stage for stage in range(len(model.stages)) if trace.kept[stage, 0].any()]
+    kept, refined = (grid[:, 0].cpu().numpy() for grid in (trace.kept, trace.refined))
+    last, ever = kept[stages[-1]], refined.any(0) & kept[stages[-1]]
+    panels = [_outlined(_shaded(_as_rgb(fine.fit(photo)), last), ever)]
+    captions = ["photo, dark where dropped"]
     resolution = np.zeros(model.shape.grid, dtype=int)  # details seen so far, per patch
-    for stage in range(num_stages):
-        kept, refined = (grid[stage, 0].cpu().numpy() for grid in (trace.kept, trace.refined))
-        if not kept.any():
-            break
-        resolution += refined
-        panels.append(_draw_stage(np.asarray(photo), kept, refined, resolution, model.shape.levels, size, scale))
-        captions.append(f"stage {stage + 1}: {int(kept.sum())} of {kept.size} patches, {int(refined.sum())} refined")
-    return _in_a_row(panels, captions, title)
+    for stage in stages:
+        resolution += refined[stage]
+        view = _shaded(_as_read(seen, size, 2 ** (model.shape.levels - resolution)), kept[stage])
+        panels.append(_outlined(view.repeat(scale, 0).repeat(scale, 1), refined[stage]))
+        num_kept, num_refined = int(kept[stage].sum()), int(refined[stage].sum())
+        captions.append(f"stage {stage + 1}: {num_kept} of {kept[stage].size} patches, {num_refined} refined")
+    return _in_a_row([Image.fromarray(panel) for panel in panels], captions, title)
 
 
-def _draw_stage(
-    photo: np.ndarray,
-    kept: np.ndarray,
-    refined: np.ndarray,
-    resolution: np.ndarray,
-    levels: int,
-    size: int,
-    scale: int,
-) -> Image.Image:
-    canvas = np.zeros_like(photo)
-    for row, column in np.ndindex(kept.shape):
+def _as_rgb(pixels: np.ndarray) -> np.ndarray:
+    return pixels.repeat(3 // pixels.shape[2], axis=2)
+
+
+def _as_read(photo: np.ndarray, size: int, steps: np.ndarray) -> np.ndarray:
+    """Every patch of side `size` as means of squares of its entry in `steps` [rows, columns]."""
+    view = np.empty(photo.shape)
+    for row, column in np.ndindex(steps.shape):
         here = np.s_[row * size : (row + 1) * size, column * size : (column + 1) * size]
-        step = 2 ** (levels - resolution[row, column])
-        patch = photo[here].astype(float)
-        means = patch.reshape(size // step, step, size // step, step, -1).mean((1, 3))
-        seen = means.repeat(step, 0).repeat(step, 1)
-        canvas[here] = seen if kept[row, column] else DIM * seen
-    picture = Image.fromarray(canvas).resize((photo.shape[1] * scale, photo.shape[0] * scale), Image.Resampling.NEAREST)
+        step = steps[row, column]
+        means = photo[here].astype(float).reshape(size // step, step, size // step, step, -1).mean((1, 3))
+        view[here] = means.repeat(step, 0).repeat(step, 1)
+    return view
+
+
+def _shaded(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    light = np.where(kept, 1.0, DIM)
+    (rows, columns), sides = kept.shape, pixels.shape
+    return (pixels * light.repeat(sides[0] // rows, 0).repeat(sides[1] // columns, 1)[..., None]).astype(np.uint8)
+
+
+def _outlined(pixels: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """With the edges of the marked cells [rows, columns] in amber."""
+    picture, side = Image.fromarray(pixels), pixels.shape[0] // cells.shape[0]
     pen = ImageDraw.Draw(picture)
-    for row, column in zip(*np.nonzero(refined), strict=True):
-        left, top, side = column * size * scale, row * size * scale, size * scale
+    for row, column in np.argwhere(cells).tolist():
+        left, top = column * side, row * side
         pen.rectangle((left, top, left + side - 1, top + side - 1), outline=OUTLINE)
-    return picture
+    return np.asarray(picture)
 
 
 def _in_a_row(panels: Sequence[Image.Image], captions: Sequence[str], title: str) -> Image.Image:

@@ -69,7 +69,7 @@ class OperatingPoints:
         shares = np.array([point.macs_mean / self.full_macs for point in self.points])[::-1]
         settings = np.array([point.thresholds for point in self.points])[::-1]  # [points, transitions, 2]
         flat = settings.reshape(len(shares), -1)
-        above = int(np.searchsorted(shares, budget))
+        above = int(np.searchsorted(shares, budget, side="right"))
         if 0 < above < len(shares) and shares[above] - shares[above - 1] > CLIFF_SHARE:
             if np.abs(flat[above] - flat[above - 1]).max() < CLIFF_STEP:
                 budget = shares[above - 1]
