@@ -1,9 +1,10 @@
 """Does dropping tokens save time? `iret_small`, eager, batch 1, one thread, interleaved, raw samples kept.
 
-For each MAC ratio three things run in turn on the same image: `model.run` with thresholds that give that ratio; the
-*ceiling*, the same model at the same token counts with nothing scored, selected or gathered (fixed slices); and the *plain
-blocks*, the ceiling without embedding, transitions and heads. Choosing is timed on its own: scoring, rules and gathering
-are what `run` does and the ceiling does not.
+For each MAC ratio two things run in turn on the same image: `model(images, budget=)` at thresholds that give that ratio, and the
+*ceiling*, the same layers at the same token counts on dense tensors, nothing scored, selected or gathered (fixed slices). At the
+full count the ceiling is the *plain* model, against which `model(images)` is held; the blocks alone, without embedding,
+transitions and head, are timed beside it. Choosing (scoring, accumulating, rules, gathering) is also timed
+inside. `model.run`, which also answers at every stage and keeps the trace, is timed beside it.
 
     python benchmarks/speed.py --out results/...     takes about two minutes; run it alone on the machine
 """
@@ -23,10 +24,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import torch
 from torch import Tensor
 
-import iret
+import iret.model
+import iret.vit
+from iret import doctor
 from iret.runtime.cost import full_macs
+from iret.runtime.points import OperatingPoints, Point
 
 RATIOS = (1.0, 1.5, 2.5, 4.0, 6.0)
+WARMUP = 3  # rounds
 
 
 def static_forward(model: iret.Iret, images: Tensor, counts: list[int]) -> Tensor:
@@ -45,11 +50,50 @@ def static_forward(model: iret.Iret, images: Tensor, counts: list[int]) -> Tenso
     return model.stages[-1].head(model.stages[-1].norm(x[:, 0]))
 
 
-def plain_blocks(model: iret.Iret, inputs: list[Tensor]) -> Tensor:
+def blocks_alone(model: iret.Iret, inputs: list[Tensor]) -> Tensor:
     for stage, x in zip(model.stages, inputs, strict=True):
         for block in stage.blocks:
             x, _ = block(x)
     return x
+
+
+def made_for(model: iret.Iret, thresholds: object, macs: int) -> OperatingPoints:
+    """A table whose cheapest point is these thresholds, as if calibrated on this image."""
+    full = full_macs(model.shape)
+    points = [
+        Point(thresholds=((rung, rung),) * 2, accuracy=0.0, macs_mean=mean, macs_p95=mean, kept_mean=())
+        for rung, mean in ((0.0, full), (float(thresholds), min(macs, full)))
+    ]
+    return OperatingPoints(data="one image", num_images=1, full_macs=full, points=tuple(points))
+
+
+def within_budget(model: iret.Iret, images: Tensor, share: float, table: OperatingPoints) -> Tensor:
+    model.points = table
+    return model(images, budget=min(1.0, share))
+
+
+class Stopwatch:
+    """Adds up the time spent in the functions that choose, while they run inside the model."""
+
+    def __init__(self) -> None:
+        self.spent_s = 0.0
+        for name in ("accumulate", "to_importance", "replace_importance", "choose", "select"):
+            setattr(iret.model, name, self._timed(getattr(iret.model, name)))
+        scores = iret.vit.IMPORTANCE_FUNCTIONS
+        scores["cls"] = self._timed(scores["cls"])
+
+    def _timed(self, function: Callable) -> Callable:
+        def timed(*args, **options):
+            started = time.perf_counter()
+            result = function(*args, **options)
+            self.spent_s += time.perf_counter() - started
+            return result
+
+        return timed
+
+    def take(self) -> float:
+        spent, self.spent_s = self.spent_s, 0.0
+        return spent
 
 
 def thresholds_for(model: iret.Iret, images: Tensor, ratio: float) -> tuple[float, float] | float:
@@ -64,15 +108,19 @@ def thresholds_for(model: iret.Iret, images: Tensor, ratio: float) -> tuple[floa
     return high
 
 
-def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call; each round calls all, so that drift hits all alike."""
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(rounds + 3):
+def interleave(
+    functions: dict[str, Callable[[], object]], rounds: int, stopwatch: Stopwatch
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of every call and of choosing in it; each round calls all, so that drift hits all alike."""
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    for round_ in range(rounds + WARMUP):
         for name, function in functions.items():
             started = time.perf_counter()
             function()
-            if round_ >= 3:  # warm-up
-                samples[name].append(time.perf_counter() - started)
+            spent = time.perf_counter() - started
+            choosing = stopwatch.take()
+            if round_ >= WARMUP:
+                samples[name].append((spent, choosing))
     return samples
 
 
@@ -87,52 +135,66 @@ def main() -> None:
     model = iret.create_model("iret_small").eval()
     images = torch.randn(1, 3, 224, 224)
 
-    functions: dict[str, Callable[[], object]] = {"forward full": lambda: model(images)}
+    functions: dict[str, Callable[[], object]] = {}
     counts_of, macs_of = {}, {}
     for ratio in RATIOS:
         thresholds = thresholds_for(model, images, ratio)
         out = model.run(images, thresholds)
         counts = out.trace.kept.sum((1, 2, 3)).tolist()
-        inputs = [torch.randn(1, n + 1, d) for n, d in zip(counts, model.shape.embed_dims, strict=True)]
         counts_of[ratio], macs_of[ratio] = counts, int(out.macs)
+        share = macs_of[ratio] / full_macs(model.shape)
+        table = made_for(model, thresholds, macs_of[ratio])
+        functions[f"budget {ratio}"] = lambda share=share, table=table: within_budget(model, images, share, table)
         functions[f"run {ratio}"] = lambda thresholds=thresholds: model.run(images, thresholds)
         functions[f"ceiling {ratio}"] = lambda counts=counts: static_forward(model, images, counts)
-        functions[f"blocks {ratio}"] = lambda inputs=inputs: plain_blocks(model, inputs)
-    samples = interleave(functions, args.rounds)
+    every = [torch.randn(1, model.shape.num_patches + 1, dim) for dim in model.shape.embed_dims]
+    functions["blocks"] = lambda: blocks_alone(model, every)
+    samples = interleave(functions, args.rounds, Stopwatch())
 
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "samples.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["what", "trial", "time_s"])
-        writer.writerows([name, trial, t] for name, times in samples.items() for trial, t in enumerate(times))
-    env = {"torch": torch.__version__, "threads": 1, "batch": 1, "machine": platform.processor() or platform.machine()}
+        writer.writerow(["what", "trial", "time_s", "choosing_s"])
+        writer.writerows([name, trial, *both] for name, times in samples.items() for trial, both in enumerate(times))
+    machine = doctor.processor_name()
+    env = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": machine,
+        "threads": 1,
+        "batch": 1,
+    }
     (args.out / "env.json").write_text(json.dumps(env, indent=1) + "\n")
     (args.out / "recipe.json").write_text(json.dumps({"rounds": args.rounds, "ratios": RATIOS}, indent=1) + "\n")
     table = report(samples, counts_of, macs_of)
-    (args.out / "README.md").write_text(
-        "\n".join([f"`python benchmarks/speed.py --rounds {args.rounds}`", "", *table, ""])
-    )
+    said = f"`python benchmarks/speed.py --rounds {args.rounds}`: `iret_small`, eager, batch 1, one thread, {machine}; medians."
+    (args.out / "README.md").write_text("\n".join([said, "", *table, ""]))
     print("\n".join(table))
 
 
-def report(samples: dict[str, list[float]], counts_of: dict, macs_of: dict) -> list[str]:
-    """Markdown: medians, the share of the ceiling, and what choosing adds."""
-    median = {name: statistics.median(times) for name, times in samples.items()}
+def report(samples: dict[str, list[tuple[float, float]]], counts_of: dict, macs_of: dict) -> list[str]:
+    """Markdown: median times, and medians over the rounds of ratios within a round, which drift does not touch."""
+
+    def milliseconds(name: str) -> str:
+        return f"{1e3 * statistics.median(spent for spent, _ in samples[name]):.2f}"
+
+    def ratio_of(first: str, second: str) -> float:
+        return statistics.median(a / b for (a, _), (b, _) in zip(samples[first], samples[second], strict=True))
+
     lines = [
-        "| MAC ratio | patches | run (ms) | ceiling (ms) | ceiling / run | blocks / run | choosing of run | share |",
-        "|---|---|---|---|---|---|---|---|",
+        "| MAC ratio | patches | time (ms) | ceiling (ms) | ceiling / time | choosing | share | its ceiling | run (ms) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for ratio, counts in counts_of.items():
-        run, ceiling, blocks = (median[f"{what} {ratio}"] for what in ("run", "ceiling", "blocks"))
+        budget, ceiling = f"budget {ratio}", f"ceiling {ratio}"
+        choosing = statistics.median(chosen / spent for spent, chosen in samples[budget])
         real = macs_of[1.0] / macs_of[ratio]
-        share = (median["run 1.0"] / run) / real
+        share, best = ratio_of("budget 1.0", budget) / real, ratio_of("ceiling 1.0", ceiling) / real
         lines.append(
-            f"| {real:.2f} | {'/'.join(map(str, counts))} | {run * 1e3:.2f} | {ceiling * 1e3:.2f} | {ceiling / run:.3f} "
-            f"| {blocks / run:.3f} | {(run - ceiling) / run:.1%} | {share:.2f} |"
+            f"| {real:.2f} | {'/'.join(map(str, counts))} | {milliseconds(budget)} | {milliseconds(ceiling)} "
+            f"| {ratio_of(ceiling, budget):.3f} | {choosing:.1%} | {share:.2f} | {best:.2f} | {milliseconds(f'run {ratio}')} |"
         )
-    full = median["forward full"]
-    lines += ["", f"Full: model(images) {full * 1e3:.2f} ms; ceiling / it = {median['ceiling 1.0'] / full:.3f}, "]
-    lines[-1] += f"plain blocks / it = {median['blocks 1.0'] / full:.3f}."
+    lines += ["", f"Everything kept: the blocks alone / model(images) = {ratio_of('blocks', 'budget 1.0'):.3f}."]
     return lines
 
 

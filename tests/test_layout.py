@@ -24,10 +24,10 @@ LEVELS = (
     {"model", "output", "systems", "policies", "presets"},
     {"zoo"},
     {"train", "export", "calibrate", "card", "evaluate", "predict", "draw"},
-    {"cli", "demo", "serve", "sweep"},
+    {"arguments", "cli", "demo", "serve", "sweep"},
 )
 # What `pip install iret` alone can load: at import time the standard library, the base dependencies and each other.
-BASE_ROOMS = {"__init__", "runtime", "measure", "doctor", "cli"}
+BASE_ROOMS = {"__init__", "runtime", "measure", "arguments", "doctor", "cli"}
 BASE_LIBRARIES = {"numpy", "PIL"}
 TORCH_FREE_ROOMS = {"runtime", "measure"}  # not even inside a function
 

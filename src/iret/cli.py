@@ -7,19 +7,18 @@ status 2. Nothing heavy is imported before a verb needs it.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-DEFAULT_MODEL = "iret_pico-cifar10"
-BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)
+from iret.arguments import build_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     args = build_parser().parse_args(argv)
     try:
-        return args.verb(args)
+        return VERBS[args.verb](args)
     except KeyboardInterrupt:
         return _fail("stopped.", 130)
     except ModuleNotFoundError as error:
@@ -295,121 +294,16 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---- arguments
-
-
-def build_parser() -> argparse.ArgumentParser:
-    from iret import __version__
-
-    parser = argparse.ArgumentParser(prog="iret", description="A vision transformer whose cost is a dial.")
-    parser.add_argument("--version", action="version", version=f"iret {__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-
-    _add_predict(verbs)
-    _add_train(verbs)
-    _add_eval_and_calibrate(verbs)
-    card = _verb(verbs, "card", _card, "measure a model folder and write its model card")
-    card.add_argument("model", help="model folder")
-    card.add_argument("--data", required=True, help="as for train; its test images are used")
-    card.add_argument("--name", help="title (default: the folder's name)")
-    card.add_argument("--max-images", type=int)
-    _add_data(card)
-    _add_common(card)
-
-    demo = _verb(verbs, "demo", _demo, "shipped models on embedded images at five budgets")
-    demo.add_argument("--out", default="demo", help="folder for the pictures (default demo)")
-    _verb(verbs, "list", _list, "shipped checkpoints and presets").add_argument("--json", action="store_true")
-    _verb(verbs, "doctor", _doctor, "versions, devices, what is missing").add_argument("--json", action="store_true")
-    return parser
-
-
-def _add_predict(verbs) -> None:
-    predict = _verb(verbs, "predict", _predict, "label photos within a budget")
-    predict.add_argument("images", nargs="+", metavar="IMAGE", help="path of a photo")
-    predict.add_argument("--model", default=DEFAULT_MODEL, help="shipped name, folder or hub id (default %(default)s)")
-    dial = predict.add_mutually_exclusive_group()
-    dial.add_argument("--budget", type=float, help="share of the full model's MACs, in (0, 1]")
-    _add_threshold(dial)
-    _add_exit(predict)
-    predict.add_argument("--show", metavar="PNG", help="draw what was looked at")
-    _add_common(predict)
-
-
-def _add_train(verbs) -> None:
-    train = _verb(verbs, "train", _train, "train or fine-tune a model")
-    train.add_argument(
-        "--data", required=True, help="image folder, parquet file or folder, hub id, or cluttered-digits"
-    )
-    train.add_argument("--recipe", help="named recipe (default: images_tiny, or fine_tune with --init)")
-    train.add_argument("--out", help="run folder (default out/RECIPE)")
-    train.add_argument("--init", metavar="MODEL", help="start from this model; classes and size may differ")
-    train.add_argument(
-        "--img-size", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="pixels, instead of the model's"
-    )
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--steps", type=int, help="length of the run, instead of the recipe's epochs")
-    train.add_argument("--stop-after", type=float, metavar="MINUTES", help="end this leg early; go on with --resume")
-    train.add_argument("--checkpoint-minutes", type=float, default=5.0, help="save at least this often (default 5)")
-    _add_data(train)
-    _add_common(train, "auto")
-
-
-def _add_eval_and_calibrate(verbs) -> None:
-    evaluate = _verb(verbs, "eval", _eval, "accuracy and cost on labelled images")
-    evaluate.add_argument("model", help="shipped name, folder or hub id")
-    evaluate.add_argument("--data", required=True, help="as for train")
-    evaluate.add_argument("--split", choices=("train", "val", "test"), default="test")
-    dial = evaluate.add_mutually_exclusive_group()
-    dial.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="default: %(default)s")
-    _add_threshold(dial)
-    _add_exit(evaluate)
-    evaluate.add_argument("--rule", default="threshold", help="keep rule: threshold, mass or topk")
-    evaluate.add_argument("--control", default="attention", help="choose by attention, random or inverse")
-    evaluate.add_argument("--batch-size", type=int, default=100)
-    evaluate.add_argument("--max-images", type=int)
-    _add_data(evaluate)
-    _add_common(evaluate)
-
-    calibrate = _verb(verbs, "calibrate", _calibrate, "measure the operating points that --budget needs")
-    calibrate.add_argument("model", help="model folder")
-    calibrate.add_argument("--data", required=True, help="as for train; its held-out images are used")
-    calibrate.add_argument("--out", help="folder to write to (default: the model's)")
-    calibrate.add_argument("--max-images", type=int)
-    _add_data(calibrate)
-    _add_common(calibrate)
-
-
-def _verb(verbs, name: str, function: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=summary, description=summary)
-    parser.set_defaults(verb=function)
-    return parser
-
-
-def _add_threshold(parser) -> None:
-    parser.add_argument(
-        "--threshold",
-        nargs="+",
-        metavar="T",
-        help="times uniform attention: one number for all transitions, or one entry each, keep or keep:refine",
-    )
-
-
-def _add_exit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--exit-confidence", type=float, help="answer at the first stage this sure, in [0, 1]")
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument(
-        "--on-corrupt", choices=("skip", "stop"), default="skip", help="what to do with unreadable images"
-    )
-    parser.add_argument("--label-column", help="column of the labels, if it has an unusual name")
-
-
-def _add_common(parser: argparse.ArgumentParser, device: str = "cpu") -> None:
-    parser.add_argument("--device", default=device, help="cpu, cuda or mps (default %(default)s)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+VERBS = {
+    "predict": _predict,
+    "train": _train,
+    "eval": _eval,
+    "calibrate": _calibrate,
+    "card": _card,
+    "demo": _demo,
+    "list": _list,
+    "doctor": _doctor,
+}
 
 
 if __name__ == "__main__":

@@ -107,11 +107,15 @@ class Transition(nn.Module):
         with torch.no_grad():
             self.widen.weight.copy_(torch.eye(*self.widen.weight.shape))
 
-    def forward(self, tokens: Tokens, details: Float[Tensor, "K C 3 P P"], rows: Int[Tensor, " K"]) -> Tokens:
-        """`details` are those of the tokens in `rows`."""
-        x = self.widen(self.norm(tokens.x_TD)) + self.pos_embed[0, tokens.cell_T + 1]
+    def forward(self, tokens: Tokens, details: Float[Tensor, "K C 3 P P"], rows: Int[Tensor, " K"] | None) -> Tokens:
+        """`details` are those of the tokens in `rows`; None: of all but the first, as in a batch of one image."""
+        x = self.widen(self.norm(tokens.x_TD)) + self.pos_embed[0].index_select(0, tokens.cell_T + 1)
         extra = self.detail_embed(self.detail_norm(details.flatten(1))).to(x.dtype)
-        return tokens.with_x(x.index_add(0, rows, extra))
+        if rows is None:
+            x[1:] += extra
+        else:
+            x.index_add_(0, rows, extra)
+        return tokens.with_x(x)
 
 
 class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache-2.0", tags=["image-classification"]):
@@ -156,9 +160,11 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         Raises:
             ValueError: no operating points, or a budget outside (0, 1] or below the cheapest of them.
         """
-        if budget != 1:
-            return self.run(images, self.thresholds(budget)).logits
-        return self.stages[-1].head(self.forward_features(images)[:, 0])
+        if budget == 1:
+            return self.stages[-1].head(self.forward_features(images)[:, 0])
+        thresholds = self.thresholds(budget)
+        self._check_images(images)
+        return self._look(images, read_strengths(thresholds, len(images), len(self.transitions)))
 
     def forward_features(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
         """Normalised tokens of the last stage with nothing dropped, class token first."""
@@ -193,8 +199,6 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
             ValueError: images that do not fit or hold NaN, thresholds that do not fit.
         """
         self._check_images(images)
-        if not bool(torch.isfinite(images.sum(dtype=torch.promote_types(images.dtype, torch.float32)))):
-            raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")
         if exit_confidence is not None and not exit_confidence >= 0:
             raise ValueError(
                 f"exit_confidence={exit_confidence:g} must be 0 (leave at once) or more; above 1 nobody leaves."
@@ -202,11 +206,28 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         check_control(control)
         given = thresholds.detach().cpu().numpy() if isinstance(thresholds, Tensor) else thresholds
         strengths = read_strengths(given, len(images), len(self.transitions), rule)
-        drops = bool(strengths.any())
+        record = Record(self.shape, len(images), images.device)
+        self._look(images, strengths, record, exit_confidence, rule=rule, control=control, masked=masked)
+        return record.finish(scored=bool(strengths.any()))
+
+    def _look(
+        self,
+        images: Tensor,
+        strengths: np.ndarray,
+        record: Record | None = None,
+        exit_confidence: float | None = None,
+        *,
+        rule: str = "threshold",
+        control: str = "attention",
+        masked: bool = False,
+    ) -> Tensor:
+        """What `run` describes, at strengths [B, transitions, 2]; the last answers. Without a `record` no other head runs."""
+        if not bool(torch.isfinite(images.sum(dtype=torch.promote_types(images.dtype, torch.float32)))):
+            raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")
+        drops, refines_all = bool(strengths.any()), bool((strengths[..., 0] == strengths[..., 1]).all())
         strengths_BS2 = torch.from_numpy(strengths.astype(np.float32)).to(images.device)
 
         tokens, patches = self._embed(images)
-        record = Record(self.shape, len(images), images.device)
         alive = torch.arange(len(images), device=images.device)  # images that have not exited
         choice = None
         for index, stage in enumerate(self.stages):
@@ -214,8 +235,10 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
             if index:
                 tokens = self._transit(index, tokens, patches, alive, choice)
             tokens, received = stage(tokens, is_scored=drops and not is_last)
-            answers = stage.answer(tokens).float()
-            record.add(index, alive, choice, answers)
+            if record is not None or is_last:
+                answers = stage.answer(tokens).float()
+            if record is not None:
+                record.add(index, alive, choice, answers)
             if is_last:
                 break
             if exit_confidence is not None:
@@ -227,9 +250,10 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
                 tokens, alive = take_images(tokens, goes_on), alive[goes_on]
             if received is not None:
                 importance = replace_importance(to_importance(received, tokens, self.shape.num_patches), control)
-                choice = choose(importance, strengths_BS2[alive, index], rule, self.shape.min_keep)
+                strengths_B2 = strengths_BS2[:, index] if exit_confidence is None else strengths_BS2[alive, index]
+                choice = choose(importance, strengths_B2, rule, self.shape.min_keep, refines_all)
                 tokens = select(tokens, choice.kept, masked)
-        return record.finish(scored=drops)
+        return answers
 
     def _patches(self, images: Tensor) -> Tensor:
         """[B * cells, C, P, P], image after image."""
@@ -247,20 +271,21 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         self, stage: int, tokens: Tokens, patches: Tensor, alive: Int[Tensor, " b"], choice: Choice | None
     ) -> Tokens:
         """Into `stage` for the images `alive`; without a `choice` every patch gets its details."""
-        num_cells = self.shape.num_patches
-        is_refined, live = tokens.cell_T >= 0, tokens.live_T()
+        level, num_cells, live = self.shape.detail_level(stage), self.shape.num_patches, tokens.live_T()
+        refines_all = live is None and (choice is None or choice.refined is choice.kept)
+        if refines_all and tokens.batch_size == 1 and len(patches) == num_cells:
+            if len(tokens.cell_T) <= num_cells:
+                patches = patches.index_select(0, tokens.cell_T[1:])
+            return self.transitions[stage - 1](tokens, self.lifting.details(patches, level), None)
+        is_refined = tokens.cell_T >= 0
         if live is not None:
             is_refined &= live
         if choice is not None and choice.refined is not choice.kept:
             is_refined &= F.pad(choice.refined, (1, 0)).view(-1)[tokens.grid_index(num_cells)]
         rows = is_refined.nonzero().squeeze(1)
         if len(rows) < len(patches):
-            where = tokens.cell_T[rows]
-            if len(patches) > num_cells:
-                where += num_cells * alive[tokens.image_T()[rows]]
-            patches = patches[where]
-        details = self.lifting.details(patches, self.shape.detail_level(stage))
-        return self.transitions[stage - 1](tokens, details, rows)
+            patches = patches[tokens.cell_T[rows] + num_cells * alive[tokens.image_T()[rows]]]
+        return self.transitions[stage - 1](tokens, self.lifting.details(patches, level), rows)
 
     def _check_images(self, images: Tensor) -> None:
         wanted = (self.shape.in_chans, *self.shape.img_size)

@@ -38,29 +38,38 @@ class Record:
     def __init__(self, shape: Shape, batch: int, device: torch.device) -> None:
         self.shape = shape
         self.stage_logits: list[Tensor] = []
-        self.kept = torch.zeros(len(shape.depths), batch, shape.num_patches, dtype=torch.bool, device=device)
-        self.refined = torch.zeros_like(self.kept)
-        self.exit_stage = torch.zeros(batch, dtype=torch.int64, device=device)
+        # kept and refined patches, [2, S, B, cells]
+        self.grids = torch.zeros(2, len(shape.depths), batch, shape.num_patches, dtype=torch.bool, device=device)
+        self.exit_stage: Tensor | None = None  # None: all images passed the same stages
 
     def add(self, stage: int, alive: Tensor, choice: Choice | None, answers: Tensor) -> None:
         """The images `alive` passed `stage` on the patches of `choice` (None: all) and its head said `answers`."""
-        every = len(alive) == len(self.exit_stage)
-        where = slice(None) if every else alive  # a slice is several times cheaper
-        self.kept[stage, where] = True if choice is None else choice.kept
-        self.refined[stage, where] = stage > 0 if choice is None else choice.refined
-        self.exit_stage[where] = stage
-        if not every:
-            unanswered = answers.new_full((self.exit_stage.shape[0], answers.shape[1]), float("nan"))
-            answers = unanswered.index_copy(0, alive, answers)
-        self.stage_logits.append(answers)
+        kept, refined = self.grids[:, stage]
+        batch = len(kept)
+        if len(alive) == batch:  # much cheaper at batch 1 than indexing
+            kept.copy_(choice.kept) if choice else kept.fill_(True)
+            refined.copy_(choice.refined) if choice else refined.fill_(stage > 0)
+            self.stage_logits.append(answers)
+            return
+        kept[alive] = choice.kept if choice else True
+        refined[alive] = choice.refined if choice else stage > 0
+        if self.exit_stage is None:
+            self.exit_stage = torch.full((batch,), stage - 1, device=kept.device)
+        self.exit_stage[alive] = stage
+        unanswered = answers.new_full((batch, answers.shape[1]), float("nan"))
+        self.stage_logits.append(unanswered.index_copy(0, alive, answers))
 
     def finish(self, scored: bool) -> Output:
-        if missing := len(self.shape.depths) - len(self.stage_logits):
-            self.stage_logits += [torch.full_like(self.stage_logits[0], float("nan"))] * missing
-        stage_logits = torch.stack(self.stage_logits)
-        device = stage_logits.device
-        logits = stage_logits[self.exit_stage, torch.arange(len(self.exit_stage), device=device)]
-        counts = [grid.sum(2).cpu().numpy() for grid in (self.kept, self.refined)]
-        spent = macs(self.shape, *counts, scored=scored, stages_run=self.exit_stage.cpu().numpy() + 1)
-        grids = (grid.unflatten(2, self.shape.grid) for grid in (self.kept, self.refined))
-        return Output(logits, torch.from_numpy(spent).to(device), Trace(stage_logits, self.exit_stage, *grids))
+        last, num_stages = len(self.stage_logits) - 1, len(self.shape.depths)
+        device, batch = self.grids.device, self.grids.shape[2]
+        if self.exit_stage is None:
+            logits, exit_stage = self.stage_logits[-1], torch.full((batch,), last, device=device)
+        else:
+            exit_stage = self.exit_stage
+            logits = torch.stack(self.stage_logits)[exit_stage, torch.arange(batch, device=device)]
+        not_run = [torch.full_like(logits, float("nan"))] * (num_stages - 1 - last) if last < num_stages - 1 else []
+        counts = self.grids.sum(3).cpu().numpy()
+        stages_run = None if last == num_stages - 1 and self.exit_stage is None else exit_stage.cpu().numpy() + 1
+        spent = torch.from_numpy(macs(self.shape, *counts, scored=scored, stages_run=stages_run)).to(device)
+        kept, refined = self.grids.unflatten(3, self.shape.grid)
+        return Output(logits, spent, Trace(torch.stack(self.stage_logits + not_run), exit_stage, kept, refined))

@@ -35,9 +35,13 @@ def accumulate(
 def to_importance(attention_T: Float[Tensor, " T"], tokens: Tokens, num_cells: int) -> Float[Tensor, "B cells"]:
     """Attention as "times uniform": mean 1 over the live patches of each image, -inf elsewhere."""
     received, live = attention_T.float(), tokens.live_T()
-    if tokens.is_even and live is None and tokens.cell_T.shape[0] == tokens.batch_size * (num_cells + 1):
+    if tokens.is_even and live is None:
         received_BN = received.view(tokens.batch_size, -1)[:, 1:]
-        return received_BN / received_BN.mean(1, keepdim=True)
+        relative = received_BN / received_BN.mean(1, keepdim=True)
+        if received_BN.shape[1] == num_cells:
+            return relative
+        cells = tokens.cell_T.view(tokens.batch_size, -1)[:, 1:]
+        return relative.new_full((tokens.batch_size, num_cells), float("-inf")).scatter_(1, cells, relative)
     where = tokens.grid_index(num_cells)
     if live is not None:
         received, where = received[live], where[live]
@@ -57,14 +61,15 @@ def keep(
 ) -> Bool[Tensor, "B cells"]:
     """`iret.runtime.keep.keep` on tensors."""
     check_rule(rule)
-    live = importance > float("-inf")
     if rule == "threshold":
-        kept = importance >= strength[:, None] - ROUNDING_SHARE
+        kept = importance >= (strength - ROUNDING_SHARE)[:, None]
         floor = min(min_keep, importance.shape[1])
-        if bool((kept.sum(1) < floor).any()):  # sorting only where the floor is reached
+        if int(kept.sum(1).min()) < floor:  # sorting only where the floor is reached
             order = importance.argsort(dim=1, descending=True, stable=True)
             kept.scatter_(1, order[:, :floor], True)
-        return kept & live
+            kept &= importance > float("-inf")
+        return kept
+    live = importance > float("-inf")
     order = importance.argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(1)
     kept = rank < min_keep
@@ -85,10 +90,14 @@ def choose(
     strengths: Float[Tensor, "B 2"],
     rule: str = "threshold",
     min_keep: int = 8,
+    refines_all: bool = False,
 ) -> Choice:
-    """What is kept at strength `strengths[:, 0]` and refined at `strengths[:, 1]`, which is at least as large."""
+    """What is kept at strength `strengths[:, 0]` and refined at `strengths[:, 1]`, which is at least as large.
+
+    `refines_all` says that they are equal, so that nobody has to look.
+    """
     kept = keep(importance, strengths[:, 0], rule, min_keep)
-    if bool((strengths[:, 0] == strengths[:, 1]).all()):
+    if refines_all:
         return Choice(kept, kept)
     return Choice(kept, keep(importance, strengths[:, 1], rule, min_keep))
 
@@ -97,17 +106,23 @@ def select(tokens: Tokens, kept: Bool[Tensor, "B cells"], masked: bool = False) 
     """The tokens that stay, in image order; class tokens always do. `masked` sets the size of the others to 0 instead."""
     batch, num_cells = kept.shape
     with_class = torch.nn.functional.pad(kept, (1, 0), value=True)
-    stays = with_class.view(-1)[tokens.grid_index(num_cells)]
+    stays = with_class.view(-1)
+    if len(tokens.cell_T) < len(stays):  # else every cell still has its token, in order
+        stays = stays[tokens.grid_index(num_cells)]
     if masked:
         size = torch.ones_like(stays, dtype=torch.float32) if tokens.size_T is None else tokens.size_T
         return Tokens(tokens.x_TD, tokens.cell_T, tokens.starts, tokens.is_even, size * stays)
-    (index,) = stays.nonzero(as_tuple=True)
-    counts = with_class.sum(1)
+    index = stays.nonzero().squeeze(1)
+    if batch == 1:
+        starts, is_even = torch.tensor([0, len(index)], device=index.device), True
+    else:
+        counts = with_class.sum(1)
+        starts, is_even = torch.nn.functional.pad(counts.cumsum(0), (1, 0)), bool((counts == counts[0]).all())
     return Tokens(
-        x_TD=tokens.x_TD[index],
-        cell_T=tokens.cell_T[index],
-        starts=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
-        is_even=batch == 1 or bool((counts == counts[0]).all()),
+        x_TD=tokens.x_TD.index_select(0, index),
+        cell_T=tokens.cell_T.index_select(0, index),
+        starts=starts,
+        is_even=is_even,
         size_T=None if tokens.size_T is None else tokens.size_T[index],
     )
 

@@ -199,7 +199,7 @@ def test_an_integer_is_a_threshold():
         (float("nan"), "threshold nan is not allowed"),
         (float("inf"), "threshold inf is not allowed"),
         ((1.0, (1.5, 1.2)), "refine threshold 1.2 is below keep threshold 1.5"),
-        ((1.0, (1.0, 1.1, 1.2)), "not a number or a pair"),
+        ((1.0, (1.0, 1.1, 1.2)), "an entry is a number or a pair"),
         (((1.0, 1.1, 1.2), (1.0, 1.1, 1.2)), "an entry is a number or a pair"),
         (((1.0,), (1.0,)), "an entry is a number or a pair"),
         ("much", "not a number or a pair"),

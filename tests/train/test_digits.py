@@ -84,7 +84,7 @@ def test_a_split_has_its_length_unless_asked_otherwise(split, length):
 def test_a_glyph_covers_the_canvas_as_its_ink_says():
     glyph = np.array([[0, 120], [240, 240]], dtype=np.uint8)
     canvas = np.full((6, 6, 3), 40, dtype=np.uint8)
-    _paste(canvas, glyph, (3,), np.random.default_rng(0))  # 2 x 2 px enlarged 3 times fills the canvas
+    _paste(canvas, glyph, (3,), 1, np.random.default_rng(0))  # 2 x 2 px enlarged 3 times fills the canvas
     colour = canvas[5, 5].astype(int)
     assert colour.min() >= 128
     expected = np.array([[np.full(3, 40), (40 + colour) // 2], [colour, colour]])
@@ -96,7 +96,7 @@ def test_an_enlarged_digit_lies_anywhere_on_a_lattice_of_the_canvas():
     draw = np.random.default_rng(0)
     for _ in range(400):
         canvas = np.zeros((13, 17, 3), dtype=np.uint8)
-        _paste(canvas, np.full((2, 2), 240, dtype=np.uint8), (2,), draw)
+        _paste(canvas, np.full((2, 2), 240, dtype=np.uint8), (2,), 4, draw)
         rows, columns = np.nonzero(canvas[..., 0])
         assert len(rows) == 16
         places.add((rows.min(), columns.min()))

@@ -170,7 +170,7 @@ def stage_macs(shape: Shape, stage: int, kept: Count, refined: Count, scored: bo
 
 @cache
 def _coefficients(shape: Shape, scored: bool) -> np.ndarray:
-    """int64 [S, 4]: a stage's MACs are  a + b kept + c kept^2 + d refined,  read off `stage_macs` at four points."""
+    """int64 [4, S, 1]: a stage's MACs are  a + b kept + c kept^2 + d refined,  read off `stage_macs` at four points."""
     rows = []
     for stage in range(len(shape.depths)):
         is_scored = scored and stage < len(shape.depths) - 1
@@ -180,7 +180,7 @@ def _coefficients(shape: Shape, scored: bool) -> np.ndarray:
         )
         square = (two - 2 * one + none) // 2
         rows.append((none, one - none - square, square, refined - none))
-    return np.array(rows, dtype=np.int64)
+    return np.array(rows, dtype=np.int64).T[..., None]
 
 
 def macs(shape: Shape, kept: Count, refined: Count, *, scored: bool, stages_run: Count | None = None) -> np.ndarray:
@@ -190,8 +190,8 @@ def macs(shape: Shape, kept: Count, refined: Count, *, scored: bool, stages_run:
     says whether tokens were chosen; `stages_run` [B] counts the stages an image passed before it exited.
     """
     kept, refined = np.asarray(kept, dtype=np.int64), np.asarray(refined, dtype=np.int64)
-    terms = np.stack([np.ones_like(kept), kept, kept * kept, refined], axis=-1)
-    spent = (terms * _coefficients(shape, scored)[:, None]).sum(-1)
+    constant, linear, square, detail = _coefficients(shape, scored)
+    spent = constant + (linear + square * kept) * kept + detail * refined
     if stages_run is not None:
         spent = spent * (np.arange(len(spent))[:, None] < np.asarray(stages_run))
     return spent.sum(0)

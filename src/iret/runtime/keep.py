@@ -12,6 +12,8 @@ rule takes a strength per image; 0 keeps everything that lives, more never keeps
 Source: the threshold is IRET's (GLSVLSI 2024, abstract); mass and top-k are the rules of its relatives (ours to offer).
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 RULES = ("threshold", "mass", "topk")
@@ -67,25 +69,30 @@ def read_strengths(value: object, batch: int, transitions: int, rule: str = "thr
         strengths = value.astype(np.float64)
         if strengths.ndim == 2:
             strengths = np.stack([strengths, strengths], axis=-1)
-    else:
-        entries = list(value) if isinstance(value, (list, tuple)) else [value] * transitions
-        if len(entries) != transitions:
-            raise ValueError(
-                f"{len(entries)} thresholds were given, but the model has {transitions} transitions; "
-                f"give one number for all or {transitions} entries."
-            )
-        pairs = [tuple(entry) if isinstance(entry, (list, tuple)) else (entry, entry) for entry in entries]
-        try:
-            rows = np.array([[float(number) for number in pair] for pair in pairs])
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"thresholds={value!r} holds something that is not a number or a pair of numbers."
-            ) from error
-        if rows.shape != (transitions, 2):
-            raise ValueError(f"thresholds={value!r}: an entry is a number or a pair (keep, refine).")
-        strengths = np.broadcast_to(rows, (batch, transitions, 2))
-    _check_strengths(strengths, rule)
-    return strengths
+        _check_strengths(strengths, rule)
+        return strengths
+    entries = list(value) if isinstance(value, (list, tuple)) else [value] * transitions
+    pairs = tuple(tuple(entry) if isinstance(entry, (list, tuple)) else (entry, entry) for entry in entries)
+    try:
+        numbers = tuple(tuple(map(float, pair)) for pair in pairs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"thresholds={value!r} holds something that is not a number or a pair of numbers.") from error
+    rows = _read_pairs(numbers, transitions, rule)
+    return np.broadcast_to(rows, (batch, transitions, 2))
+
+
+@lru_cache(maxsize=128)  # a fixed setting is read again for every image
+def _read_pairs(pairs: tuple[tuple[float, ...], ...], transitions: int, rule: str) -> np.ndarray:
+    if len(pairs) != transitions:
+        raise ValueError(
+            f"{len(pairs)} thresholds were given, but the model has {transitions} transitions; "
+            f"give one number for all or {transitions} entries."
+        )
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"thresholds={pairs!r}: an entry is a number or a pair (keep, refine).")
+    rows = np.array(pairs)
+    _check_strengths(rows, rule)
+    return rows
 
 
 def _check_strengths(strengths: np.ndarray, rule: str) -> None:

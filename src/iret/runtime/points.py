@@ -6,6 +6,7 @@ the weights as `points.json` and is written by `iret train` and `iret calibrate`
 
 import json
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,12 @@ class OperatingPoints:
     def cheapest_budget(self) -> float:
         return self.points[-1].macs_mean / self.full_macs
 
+    @cached_property
+    def _ladder(self) -> tuple[np.ndarray, np.ndarray]:
+        """Cheapest first: shares of the full MACs [points], thresholds [points, 2 transitions]."""
+        shares = np.array([point.macs_mean / self.full_macs for point in self.points])[::-1]
+        return shares, np.array([point.thresholds for point in self.points])[::-1].reshape(len(shares), -1)
+
     def fit(self, full_macs: int, num_transitions: int) -> bool:
         """Whether they are those of a model of this cost and number of transitions."""
         return self.full_macs == full_macs and all(len(point.thresholds) == num_transitions for point in self.points)
@@ -66,9 +73,7 @@ class OperatingPoints:
                 f"budget={budget:g} is below the cheapest operating point of this model, "
                 f"{self.cheapest_budget:.3f} of its MACs (thresholds {self.points[-1].thresholds})."
             )
-        shares = np.array([point.macs_mean / self.full_macs for point in self.points])[::-1]
-        settings = np.array([point.thresholds for point in self.points])[::-1]  # [points, transitions, 2]
-        flat = settings.reshape(len(shares), -1)
+        shares, flat = self._ladder
         above = int(np.searchsorted(shares, budget, side="right"))
         if 0 < above < len(shares) and shares[above] - shares[above - 1] > CLIFF_SHARE:
             if np.abs(flat[above] - flat[above - 1]).max() < CLIFF_STEP:

@@ -20,7 +20,7 @@ SCALES = (3, 4)
 FRAGMENT_SCALES = (1, 2)
 NUM_FRAGMENTS = 12
 FRAGMENT_SIDE = 4  # pixels of the original digit
-LATTICE = 4  # pixels between the places where a glyph may lie; with 1, twenty minutes teach a small model little
+LATTICE = 8  # pixels between the places where a digit may lie; with 1, twenty minutes teach a small model little
 
 
 @cache
@@ -64,9 +64,9 @@ class ClutteredDigits:
         for _ in range(NUM_FRAGMENTS * self.size[0] * self.size[1] // (64 * 64)):
             row, column = draw.integers(0, 8 - FRAGMENT_SIDE + 1, 2)
             fragment = images[draw.integers(len(images))][row : row + FRAGMENT_SIDE, column : column + FRAGMENT_SIDE]
-            _paste(canvas, fragment, FRAGMENT_SCALES, draw)
+            _paste(canvas, fragment, FRAGMENT_SCALES, 1, draw)
         chosen = int(draw.integers(len(images)))
-        _paste(canvas, images[chosen], SCALES, draw)
+        _paste(canvas, images[chosen], SCALES, LATTICE, draw)
         return canvas, int(labels[chosen])
 
 
@@ -78,13 +78,15 @@ def _mottled(draw: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     return blocks.repeat(8, 0).repeat(8, 1)[:rows, :columns] + draw.integers(0, 16, (rows, columns, 3)).astype(np.uint8)
 
 
-def _paste(canvas: np.ndarray, glyph: np.ndarray, scales: tuple[int, ...], draw: np.random.Generator) -> None:
-    """Lay an enlarged glyph over the canvas at a random place, in a random bright colour."""
+def _paste(
+    canvas: np.ndarray, glyph: np.ndarray, scales: tuple[int, ...], lattice: int, draw: np.random.Generator
+) -> None:
+    """Lay an enlarged glyph over the canvas at a random place of the lattice, in a random bright colour."""
     scale = scales[draw.integers(len(scales))]
     large = glyph.repeat(scale, 0).repeat(scale, 1).astype(np.int64)
     height, width = large.shape
-    rooms = [(there - own) // LATTICE + 1 for there, own in zip(canvas.shape[:2], large.shape, strict=True)]
-    top, left = (LATTICE * draw.integers(0, room) for room in rooms)
+    top = lattice * draw.integers(0, (canvas.shape[0] - height) // lattice + 1)
+    left = lattice * draw.integers(0, (canvas.shape[1] - width) // lattice + 1)
     colour = draw.integers(128, 256, 3)
     here = canvas[top : top + height, left : left + width]
     ink = large[..., None]

@@ -89,7 +89,7 @@ def digits_nano() -> Recipe:
     return Recipe(
         name="digits_nano",
         model="iret_nano",
-        epochs=10.0,
+        epochs=7.0,
         batch_size=64,
         lr=1e-3,
         warmup_epochs=0.25,
@@ -109,17 +109,17 @@ def cifar10_pico_cpu() -> Recipe:
     return Recipe(
         name="cifar10_pico_cpu",
         model="iret_pico",
-        epochs=16.0,
-        batch_size=128,
-        lr=1.5e-3,
-        warmup_epochs=1.0,
-        ema_decay=0.997,
+        epochs=7.0,
+        batch_size=64,
+        lr=1e-3,
+        warmup_epochs=0.5,
+        ema_decay=0.998,
         drop_path_rate=0.0,
         precision="32-true",  # bf16 is slower on a CPU that has no instructions for it
         crop_padding=4,
         full_until=0.05,
-        sampled_until=0.8,
-        max_threshold=1.4,
+        sampled_until=0.85,
+        max_threshold=1.5,
     )
 
 
