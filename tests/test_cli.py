@@ -334,7 +334,7 @@ def test_a_mistake_in_predict_is_one_sentence(tmp_path, capsys, monkeypatch, lin
             "calibrate m --data d --out nowhere",
             "nowhere is not a model folder to write points.json into; give one with",
         ),
-        ("card nowhere --data d", "model 'nowhere' is neither"),
+        ("card nowhere --data d", "nowhere is not a model folder to write a card into"),
         ("train --data d --recipe best", "recipe 'best' is unknown; choose from images_tiny, fine_tune"),
         ("train --data d --init nowhere", "model 'nowhere' is neither"),
         ("train --data d --recipe fine_tune --device frob", "device 'frob' cannot be used here"),

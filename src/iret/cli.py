@@ -6,6 +6,7 @@ status 2. Nothing heavy is imported before a verb needs it.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -157,6 +158,8 @@ def _train(args: argparse.Namespace) -> int:
         report = train(recipe, options)
     except KeyboardInterrupt:
         return _fail(f"stopped and saved; go on with: {again}", 130)
+    if int(os.environ.get("RANK", "0")) > 0:  # the first process speaks for all that torchrun started
+        return 0
     if args.json:
         print(json.dumps(asdict(report) | {"out": str(out)}))
     if report.skipped:

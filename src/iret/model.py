@@ -128,9 +128,8 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         if attention not in ATTENTIONS:
             raise ValueError(f"attention={attention!r} is unknown; choose from {', '.join(ATTENTIONS)}.")
         self.shape, self.attention, self.name = shape, attention, name
-        self.preprocessing = Preprocess(
-            img_size=shape.img_size, mean=(0.5,) * shape.in_chans, std=(0.5,) * shape.in_chans
-        )
+        half = (0.5,) * shape.in_chans
+        self.preprocessing = Preprocess(img_size=shape.img_size, mean=half, std=half)
         self.labels: tuple[str, ...] | None = None
         self.points: OperatingPoints | None = None
         rates = torch.linspace(0, drop_path_rate, sum(shape.depths)).split(shape.depths)
@@ -297,8 +296,7 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
 
     def lifting_loss(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, ""]:
         """The lifting regulariser, mean over levels."""
-        x = self._patches(images)
-        losses = []
+        x, losses = self._patches(images), []
         for level in self.lifting.levels:
             ll, details = level(x)
             losses.append(lifting_penalty(x, ll, details))
@@ -325,10 +323,8 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
 
     def normalise(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
         """Images with values in [0, 1] as the model takes them."""
-        mean, std = (
-            torch.tensor(values, device=images.device).view(-1, 1, 1)
-            for values in (self.preprocessing.mean, self.preprocessing.std)
-        )
+        own = self.preprocessing
+        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (own.mean, own.std))
         return (images - mean) / std
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -399,6 +395,6 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            files = [CONFIG_NAME, WEIGHTS_NAME, POINTS_NAME]
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=files, **hub_options))
+            hub_options["allow_patterns"] = [CONFIG_NAME, WEIGHTS_NAME, POINTS_NAME]
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), **hub_options))
         return cls.from_folder(folder)

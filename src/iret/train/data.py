@@ -126,6 +126,8 @@ def _split(parts: Mapping[str, _Part], split: str, spec: str, preprocess: Prepro
     elif "train" in parts:
         part = parts["train"]
         is_held_out = np.array([zlib.crc32(str(row).encode()) % HELD_OUT == 0 for row in range(len(part))], dtype=bool)
+        if not is_held_out.any():
+            is_held_out[-1] = len(part) > 1  # so few images that none was chosen
         rows = np.flatnonzero(is_held_out if wanted == "val" else ~is_held_out)
     else:
         raise ValueError(f"{spec} has no {split} split, only {', '.join(parts)}; choose another or add a train split.")
