@@ -153,7 +153,7 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "samples.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["what", "trial", "time_s", "choosing_s"])
         writer.writerows([name, trial, *both] for name, times in samples.items() for trial, both in enumerate(times))
     machine = doctor.processor_name()

@@ -43,14 +43,20 @@ def make_model(*shares: float) -> Iret:
     return model
 
 
-def make_data(count: int = 6) -> ImageData:
+def make_data(count: int = 6, split: str = "test") -> ImageData:
     draw = np.random.default_rng(0)
     rows = [(draw.integers(0, 256, (16, 16, 3)).astype(np.uint8), index % 2) for index in range(count)]
-    return ImageData(range(count), rows.__getitem__, ("a", "b"), Iret(SHAPE).preprocessing, "skip")
+    return ImageData(range(count), rows.__getitem__, ("a", "b"), Iret(SHAPE).preprocessing, "skip", split)
 
 
 def write(model: Iret, folder: Path, data_name: str = "mine", **options) -> str:
     return write_card(model, "Title", folder, make_data(), data_name, **options)
+
+
+def test_a_validation_split_is_not_called_a_test(tmp_path):
+    model = make_model(1.0, 0.5)
+    text = write_card(model, "Title", tmp_path, make_data(split="val"), "mine")
+    assert "6 val images, all rows from these weights; thresholds found on the same images, so no test." in text
 
 
 def rows(text: str, heading: str) -> list[list[str]]:

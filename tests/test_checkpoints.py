@@ -37,6 +37,21 @@ def test_a_shipped_model_is_small_has_a_card_and_serves_a_quarter_of_its_macs(na
     assert model.points.points[0].thresholds == ((0.0, 0.0), (0.0, 0.0))
 
 
+@pytest.mark.parametrize("name", list_checkpoints())
+def test_the_card_of_a_shipped_model_has_attention_ahead_of_chance(name: str) -> None:
+    # Of the photo model only the card can say it: its data are not in the repository.
+    control = (CHECKPOINTS / name / "README.md").read_text().split("## Is it the attention?")[1].split("## ")[0]
+    gains = [float(row.split("|")[4]) for row in control.splitlines() if row.startswith("| 64")]
+    assert len(gains) == 3 and min(gains) > 0
+
+
+def test_half_the_macs_cost_the_digits_model_at_most_half_a_point() -> None:
+    model = iret.load(DIGITS)
+    data = open_data("cluttered-digits", "test", model.preprocessing)
+    full, half = evaluate(model, data, [Setting(), Setting(thresholds=model.thresholds(0.5))])
+    assert full.num_images == 2000 and half.accuracy >= full.accuracy - 0.005
+
+
 def test_on_digits_attention_beats_random_and_random_beats_inverse_at_equal_counts() -> None:
     model = iret.load(DIGITS)
     data = open_data("cluttered-digits", "test", model.preprocessing)

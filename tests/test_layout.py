@@ -36,7 +36,7 @@ UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 # "file.py" or "file.py:function" -> why it is longer. An entry that is no longer needed fails too.
-LONGER: dict[str, str] = {}
+LONGER: dict[str, str] = {"model.py": "the paper, top to bottom, in one file"}
 
 
 # ---- reading the tree

@@ -97,7 +97,8 @@ def written_out(model: Iret, image: Tensor, thresholds: list[tuple[float, float]
             importance = attention / attention.mean()
             best = importance.argsort(descending=True)[:4]  # the floor of a grid of 24
             stays, refined = importance >= keep_at, importance >= refine_at
-            stays[best] = refined[best] = True
+            stays[best] = True
+            refined = refined | stays if keep_at == refine_at else refined
             transition = model.transitions[index]
             widened = transition.widen(transition.norm(x)) + transition.pos_embed[0, F.pad(cells + 1, (1, 0))]
             extra = details[index][cells].flatten(1)
@@ -619,9 +620,38 @@ def test_images_that_do_not_fit_are_refused(images, seen):
             call(images)
 
 
+def test_a_call_without_a_budget_refuses_what_a_run_refuses():
+    images = make_images()
+    images[1, 2, 3, 4] = float("nan")
+    with pytest.raises(ValueError, match="images hold NaN or infinite values"):
+        make_model()(images)
+    with pytest.raises(ValueError, match="B 1 or more"):
+        make_model()._check_images(images[:0])
+
+
+def test_a_model_without_classes_says_so_where_answers_are_asked_for():
+    with pytest.raises(ValueError, match="has no classes to answer with; call forward_features"):
+        make_model(num_classes=0).run(make_images())
+
+
+def test_an_image_pays_for_choosing_only_if_its_own_thresholds_choose():
+    model, images = make_model(), make_images(2)
+    together = model.run(images, torch.tensor([[0.0, 0.0], [0.9, 0.9]]))
+    assert together.macs[0] == model.run(images[:1]).macs[0]
+    assert together.macs[1] == model.run(images[1:], 0.9).macs[0]
+
+
+def test_coarse_alone_refines_nothing():
+    out = make_model().run(make_images(), ((0.5, 1000.0), (0.5, 1000.0)))
+    assert not out.trace.refined.any()
+    assert out.trace.kept[2].any()
+
+
 def test_images_of_bytes_are_refused_with_what_to_do():
     # Asked directly: called from outside, the jaxtyping hook would refuse integers first.
-    with pytest.raises(ValueError, match=r"uint8 .* takes floating \[B, 3, 32, 48\]\. model\.preprocess makes them"):
+    with pytest.raises(
+        ValueError, match=r"uint8 .* takes floating \[B, 3, 32, 48\], B 1 or more\. model\.preprocess makes them"
+    ):
         make_model()._check_images(torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from iret import predict as predict_module
 from iret.model import Iret
-from iret.predict import predict, read_thresholds
+from iret.predict import predict, warm_up
 from iret.runtime.cost import Shape, full_macs
 from iret.runtime.preprocess import open_image
 
@@ -83,49 +83,24 @@ def test_without_labels_the_class_is_its_number():
         assert answer.label == str(model(model.preprocess(make_photo())).argmax().item())
 
 
-def test_the_time_is_of_a_second_run_alone(monkeypatch):
+def test_the_time_is_that_of_the_model_alone(monkeypatch):
     model, events, clock = make_model(), [], iter([10.0, 10.25])
     run = model.run
     monkeypatch.setattr(model, "run", lambda *args: events.append("run") or run(*args))
     monkeypatch.setattr(predict_module.time, "perf_counter", lambda: events.append("clock") or next(clock))
     answer, _ = predict(model, make_photo())
-    assert events == ["run", "clock", "run", "clock"]
+    assert events == ["clock", "run", "clock"]
     assert answer.time_s == 0.25
+
+
+def test_warming_up_runs_the_model_once(monkeypatch):
+    model, shapes = make_model(), []
+    monkeypatch.setattr(model, "run", lambda images, thresholds: shapes.append(tuple(images.shape)))
+    warm_up(model)
+    assert shapes == [(1, model.shape.in_chans, *model.shape.img_size)]
 
 
 def test_what_is_no_photo_is_refused(tmp_path):
     (tmp_path / "notes.jpg").write_text("milk, eggs")
     with pytest.raises(ValueError, match=r"notes\.jpg is not an image"):
         predict(make_model(), str(tmp_path / "notes.jpg"))
-
-
-# ---- thresholds as they are typed
-
-
-@pytest.mark.parametrize(
-    ("words", "thresholds"),
-    [
-        (["1"], 1.0),
-        (["0.5", "1.5"], (0.5, 1.5)),
-        (["1.0", "1.2:1.5"], (1.0, (1.2, 1.5))),
-        (["0.7:1.1", "0.8:1.3"], ((0.7, 1.1), (0.8, 1.3))),
-        (["1.0:1.5"], ((1.0, 1.5),)),
-        (["-1"], -1.0),  # refused later, by the model
-    ],
-)
-def test_words_become_thresholds(words, thresholds):
-    assert read_thresholds(words) == thresholds
-
-
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("high", "threshold 'high' is not a number or keep:refine, e.g. 1.0 or 1.2:1.5"),
-        ("1:", "threshold '1:' is not a number"),
-        ("1,5", "threshold '1,5' is not a number"),
-        ("1:2:3", "threshold '1:2:3' has 3 parts; write keep or keep:refine"),
-    ],
-)
-def test_a_word_that_is_no_threshold_is_named(word, message):
-    with pytest.raises(ValueError, match=message):
-        read_thresholds(["1.0", word])

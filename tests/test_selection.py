@@ -109,7 +109,7 @@ def test_what_is_refined_is_kept(rule, batch, min_keep):
     choice = choose(importance, torch.stack([keep_at, (keep_at + 1) / 2], 1), rule, min_keep)
     assert not (choice.refined & ~choice.kept).any()
     assert torch.equal(choice.kept, keep(importance, keep_at, rule, min_keep))
-    assert torch.equal(choice.refined, keep(importance, (keep_at + 1) / 2, rule, min_keep))
+    assert torch.equal(choice.refined, keep(importance, (keep_at + 1) / 2, rule, min_keep=0))
 
 
 def test_equal_strengths_refine_all_that_is_kept():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 from iret.attention import ATTENTIONS
@@ -177,3 +178,19 @@ def test_positions_by_hand() -> None:
 def test_positions_tell_every_cell_of_a_grid_apart() -> None:
     places = sincos_positions((14, 14), 64)[0, 1:]
     assert torch.pdist(places).min() > 0.1
+
+
+# ---- compiled
+
+
+@pytest.mark.graph
+def test_the_graph_of_a_block_does_not_depend_on_the_counts() -> None:
+    block = randomise(Block(16, 2))
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(block, backend=counter, dynamic=True)
+    with torch.no_grad():
+        for counts in ((5, 7, 3), (2, 9, 4), (6, 6, 11)):
+            tokens = ragged(counts, 16)
+            got, _ = compiled(tokens.x_TD, tokens)
+            torch.testing.assert_close(got, block(tokens.x_TD, tokens)[0], rtol=0, atol=1e-5)  # float32
+    assert counter.frame_count == 1

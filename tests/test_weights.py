@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from iret import weights
-from iret.weights import load_exactly, read_config, read_weights, write_atomically, write_weights
+from iret.weights import load_exactly, read_config, read_weights, write_atomically, write_together, write_weights
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -52,6 +52,25 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
         write_atomically(path, b"new content")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_of_files_written_together_none_changes_when_the_disk_is_full_at_the_second(tmp_path, monkeypatch):
+    paths = [tmp_path / "model.safetensors", tmp_path / "config.json"]
+    for path in paths:
+        path.write_bytes(b"old")
+    fsync, calls = os.fsync, []
+
+    def full_at_the_second(fd):
+        calls.append(fd)
+        if len(calls) == 2:
+            raise FULL
+        fsync(fd)
+
+    monkeypatch.setattr(weights.os, "fsync", full_at_the_second)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_together(dict.fromkeys(paths, b"new"))
+    assert [path.read_bytes() for path in paths] == [b"old", b"old"]
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 
 def test_the_content_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):

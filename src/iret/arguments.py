@@ -1,9 +1,11 @@
 """The words of the `iret` command: what each verb takes. What they do is in `cli`."""
 
 import argparse
+from collections.abc import Sequence
+
+from iret.runtime.points import BUDGETS
 
 DEFAULT_MODEL = "iret_pico-cifar10"
-BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -118,3 +120,21 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_common(parser: argparse.ArgumentParser, device: str = "cpu") -> None:
     parser.add_argument("--device", default=device, help="cpu, cuda or mps (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def read_thresholds(words: Sequence[str]) -> object:
+    """`["1.0"]` -> 1.0 for all transitions; `["1.0", "1.2:1.5"]` -> (1.0, (1.2, 1.5)), one entry per transition.
+
+    Raises:
+        ValueError: a word that is not a number or keep:refine.
+    """
+    entries: list[float | tuple[float, ...]] = []
+    for word in words:
+        try:
+            numbers = [float(part) for part in word.split(":")]
+        except ValueError as error:
+            raise ValueError(f"threshold {word!r} is not a number or keep:refine, e.g. 1.0 or 1.2:1.5.") from error
+        if len(numbers) > 2:
+            raise ValueError(f"threshold {word!r} has {len(numbers)} parts; write keep or keep:refine.")
+        entries.append(numbers[0] if len(numbers) == 1 else tuple(numbers))
+    return entries[0] if len(entries) == 1 and isinstance(entries[0], float) else tuple(entries)

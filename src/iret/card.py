@@ -11,16 +11,18 @@ from safetensors import safe_open
 from iret.evaluate import Score, Setting, evaluate
 from iret.model import Iret
 from iret.runtime.cost import full_macs
+from iret.runtime.points import BUDGETS
 from iret.train.checkpoint import FILE_NAME as STATE_NAME
 from iret.train.data import ImageData
 
-BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)
 DROPS = (0.3, 0.5, 0.7)  # share of live patches dropped at each transition, for the comparison with random choice
 NUM_SEEDS = 3
 
 TERMS = {
     "cluttered-digits": "Made from the UCI data set *Optical Recognition of Handwritten Digits* as scikit-learn distributes it; "
     "its terms are at https://archive.ics.uci.edu/dataset/80.",
+    "uoft-cs/cifar10": "Its card on the Hugging Face hub gives its licence as unknown and its source as 80 Million Tiny Images: "
+    "check whether your use of weights trained on it is allowed.",
     "cifar10": "CIFAR-10 (JPEG): CIFAR-10 re-encoded as JPEG, so figures are not exactly those on the original PNGs. Its card on "
     "the Hugging Face hub (uoft-cs/cifar10) gives its licence as unknown and its source as 80 Million Tiny Images: "
     "check whether your use of weights trained on it is allowed.",
@@ -45,7 +47,8 @@ def write_card(
         "The same number of patches in every image (top-k), chosen by attention or at random "
         f"({NUM_SEEDS} seeds, mean and range):"
     )
-    measured = f"{scores[0].num_images} test images, all rows from these weights; thresholds found on other images."
+    measured = f"{scores[0].num_images} {data.split} images, all rows from these weights; "
+    measured += "thresholds found on " + ("other images." if data.split == "test" else "the same images, so no test.")
     parts = [
         [f"# {title}"],
         [what],
@@ -108,8 +111,9 @@ def _training(folder: Path) -> str:
     with safe_open(folder / STATE_NAME, framework="pt") as file:
         metadata = file.metadata()
     recipe, progress = json.loads(metadata["recipe"]), json.loads(metadata["progress"])
+    where = f" in {progress['num_processes']} processes on {progress['machine']}" if progress.get("machine") else ""
     settings = ", ".join(f"{name}={value}" for name, value in recipe.items() if name != "name")
     return (
         f"Recipe `{recipe['name']}`, seed {progress['seed']}: {progress['step']} steps in "
-        f"{progress['time_s'] / 60:.0f} minutes ({settings})."
+        f"{progress['time_s'] / 60:.0f} minutes{where} ({settings})."
     )

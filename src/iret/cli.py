@@ -7,17 +7,22 @@ status 2. Nothing heavy is imported before a verb needs it.
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from iret.arguments import build_parser
+from iret.arguments import build_parser, read_thresholds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words)
+    args.words = words
+    # libgomp's barriers spin, which slows two threads 10 to 30 times beside another busy process; read when torch loads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     try:
         return VERBS[args.verb](args)
     except KeyboardInterrupt:
@@ -70,11 +75,6 @@ def _check_folder(path: str | None) -> None:
         raise ValueError(f"{path} cannot be written: the folder {Path(path).parent} does not exist; make it first.")
 
 
-def _data_name(data: str) -> str:
-    """What cards and tables call the data: its folder's or file's name, never a path."""
-    return Path(data).resolve().name if Path(data).exists() else data
-
-
 def _open_data(args: argparse.Namespace, split: str, model):
     from iret.train.data import open_data
 
@@ -86,7 +86,7 @@ def _open_data(args: argparse.Namespace, split: str, model):
 
 def _predict(args: argparse.Namespace) -> int:
     from iret.draw import draw_focus, stack
-    from iret.predict import predict, read_thresholds
+    from iret.predict import predict, warm_up
     from iret.runtime.preprocess import open_image
     from iret.zoo import load
 
@@ -96,9 +96,16 @@ def _predict(args: argparse.Namespace) -> int:
         thresholds = read_thresholds(args.threshold)
     else:
         thresholds = model.thresholds(1.0 if args.budget is None else args.budget)
-    predictions, pictures = [], []
+    predictions, pictures, bad = [], [], []
+    warm_up(model)
     for path in args.images:
-        photo = open_image(path)
+        try:
+            photo = open_image(path)
+        except ValueError as error:
+            if len(args.images) == 1:
+                raise
+            bad.append(str(error))  # the others are answered all the same
+            continue
         prediction, trace = predict(
             model, photo, thresholds=thresholds, exit_confidence=args.exit_confidence, name=path
         )
@@ -107,11 +114,20 @@ def _predict(args: argparse.Namespace) -> int:
             pictures.append(
                 draw_focus(model, photo, trace, f"{path}: {prediction.label}, {prediction.macs_share:.0%} MACs")
             )
-    if args.show:
+    if pictures:
         stack(pictures).save(args.show)
     if args.json:
         print(json.dumps({"model": args.model, "predictions": [asdict(p) for p in predictions]}))
-        return 0
+    elif predictions:
+        _print_predictions(predictions)
+        if pictures:
+            say(f"drawn: {args.show}")
+    for sentence in bad:
+        _fail(sentence)
+    return 2 if bad else 0
+
+
+def _print_predictions(predictions) -> None:
     print_table(
         ("image", "label", "confidence", "patches a stage", "MMACs", "of full", "ms"),
         [
@@ -127,12 +143,10 @@ def _predict(args: argparse.Namespace) -> int:
             for p in predictions
         ],
     )
-    if args.show:
-        say(f"drawn: {args.show}")
-    return 0
 
 
 def _train(args: argparse.Namespace) -> int:
+    from iret.train.checkpoint import FILE_NAME as STATE_NAME
     from iret.train.loop import RunOptions, train
     from iret.train.recipe import find_recipe
 
@@ -153,10 +167,15 @@ def _train(args: argparse.Namespace) -> int:
         checkpoint_minutes=args.checkpoint_minutes,
         stop_after_minutes=args.stop_after,
     )
-    again = f"iret train --recipe {recipe.name} --data {args.data} --out {out} --resume"
+    words = [word for word in args.words if word != "--resume"]
+    again = shlex.join(["iret", *words, "--resume"])
     try:
         report = train(recipe, options)
     except KeyboardInterrupt:
+        if int(os.environ.get("RANK", "0")) > 0:
+            return 130
+        if not (out / STATE_NAME).exists():
+            return _fail("stopped before anything was saved.", 130)
         return _fail(f"stopped and saved; go on with: {again}", 130)
     if int(os.environ.get("RANK", "0")) > 0:  # the first process speaks for all that torchrun started
         return 0
@@ -173,7 +192,6 @@ def _train(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from iret.evaluate import Setting, evaluate
-    from iret.predict import read_thresholds
     from iret.runtime.cost import full_macs
     from iret.zoo import load
 
@@ -192,11 +210,11 @@ def _eval(args: argparse.Namespace) -> int:
         model, data, settings, batch_size=args.batch_size, max_images=args.max_images, workers=args.workers
     )
     if args.json:
-        found = {"model": args.model, "data": args.data, "split": args.split, "scores": [asdict(s) for s in scores]}
+        found = {"model": args.model, "data": args.data, "split": data.split, "scores": [asdict(s) for s in scores]}
         print(json.dumps(found))
         return 0
     full = full_macs(model.shape)
-    say(f"{args.model} on {args.data} ({args.split}), {scores[0].num_images} images, {scores[0].num_skipped} skipped")
+    say(f"{args.model} on {args.data} ({data.split}), {scores[0].num_images} images, {scores[0].num_skipped} skipped")
     print_table(
         ("setting", "top-1", "heads", "MMACs", "p95", "of full", "patches a stage", "ms an image"),
         [
@@ -219,6 +237,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     from iret.calibrate import calibrate
     from iret.runtime.points import FILE_NAME
+    from iret.train.data import name_of
     from iret.weights import write_atomically
     from iret.zoo import load
 
@@ -227,7 +246,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a model folder to write {FILE_NAME} into; give one with --out.")
     data = _open_data(args, "val", model)
-    points = calibrate(model, data, data_name=_data_name(args.data), max_images=args.max_images, workers=args.workers)
+    points = calibrate(model, data, data_name=name_of(args.data), max_images=args.max_images, workers=args.workers)
     write_atomically(folder / FILE_NAME, points.to_json().encode())
     if args.json:
         print(json.dumps(asdict(points)))
@@ -249,6 +268,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _card(args: argparse.Namespace) -> int:
     from iret.card import write_card
+    from iret.train.data import name_of
     from iret.weights import write_atomically
     from iret.zoo import load
 
@@ -257,7 +277,7 @@ def _card(args: argparse.Namespace) -> int:
         raise ValueError(f"{folder} is not a model folder to write a card into; copy the model first.")
     model = load(folder).to(_check_device(args.device))
     data = _open_data(args, "test", model)
-    text = write_card(model, args.name or folder.name, folder, data, _data_name(args.data), args.max_images)
+    text = write_card(model, args.name or folder.name, folder, data, name_of(args.data), args.max_images)
     write_atomically(folder / "README.md", text.encode())
     say(f"written: {folder / 'README.md'}")
     if args.json:

@@ -8,12 +8,13 @@ from PIL import Image
 from iret.draw import draw_focus, draw_tradeoff, stack
 from iret.evaluate import Setting, evaluate
 from iret.model import Iret
-from iret.predict import predict
+from iret.predict import predict, warm_up
+from iret.runtime.cost import full_macs
+from iret.runtime.points import BUDGETS
 from iret.runtime.preprocess import open_image
 from iret.train.data import open_data
 from iret.zoo import load
 
-BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)
 PHOTOS = Path(__file__).parent / "photos"
 DIGITS_MODEL, PHOTO_MODEL = "iret_nano-cluttered-digits", "iret_pico-cifar10"
 NUM_DIGITS = 500
@@ -27,6 +28,7 @@ def run_demo(out: Path, say: Say, print_table: PrintTable) -> int:
     """Print accuracy and answers at five budgets and write pictures into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     digits, photos = load(DIGITS_MODEL), load(PHOTO_MODEL)
+    warm_up(photos)
     curve = _digits(digits, out, say, print_table)
     _photos(photos, out, say, print_table)
     curves = {f"{DIGITS_MODEL}, {NUM_DIGITS} test images (measured now)": curve}
@@ -44,8 +46,7 @@ def _digits(model: Iret, out: Path, say: Say, print_table: PrintTable) -> tuple[
     data = open_data("cluttered-digits", "test", model.preprocessing)
     settings = [Setting(thresholds=model.thresholds(budget)) for budget in BUDGETS]
     scores = evaluate(model, data, settings, max_images=NUM_DIGITS)
-    full = scores[0].macs_mean
-    shares = [score.macs_mean / full for score in scores]
+    shares = [score.macs_mean / full_macs(model.shape) for score in scores]
     say(f"{DIGITS_MODEL} on {scores[0].num_images} test images of cluttered-digits")
     print_table(
         ("budget", "top-1", "of full MACs", "patches a stage", "ms an image"),

@@ -13,6 +13,9 @@ Source: IRET, GLSVLSI 2024, abstract ("learnable 2D lifting scheme"); the order 
 (github.com/mxbastidasr/DAWN_WACV2020, models/lifting.py); linear taps and Haar start are ours (the full text was not available).
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -23,6 +26,9 @@ from iret.runtime.cost import LIFTINGS
 
 class LinearOperator(nn.Module):
     """Three taps along the last axis that sum to one, replicated at the border; starts as the identity (Haar)."""
+
+    basis: Tensor
+    identity: Tensor
 
     def __init__(self, channels: int, length: int) -> None:
         super().__init__()
@@ -80,6 +86,9 @@ OPERATORS = dict(zip(LIFTINGS, (LinearOperator, IdentityOperator, DawnOperator),
 
 class LiftingStep(nn.Module):
     """One update and one predict along the last axis of length 2 * `half`."""
+
+    half_eye: Tensor
+    odd: Tensor
 
     def __init__(self, operator: str, channels: int, half: int) -> None:
         super().__init__()
@@ -166,6 +175,17 @@ class LinearLifting2d(Lifting2d):
 LEVELS = {"linear": LinearLifting2d, "haar": LinearLifting2d, "dawn": Lifting2d}
 
 
+def _exact(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Without autocast: in half precision a flat patch would have details, and the norm behind would magnify them."""
+
+    @wraps(method)
+    def exact(self: nn.Module, patches: Tensor, *args: int) -> Tensor:
+        with torch.autocast(patches.device.type, enabled=False):
+            return method(self, patches, *args)
+
+    return exact
+
+
 class Lifting(nn.Module):
     """A pyramid over patches of side `patch_size`: level 1 is the finest."""
 
@@ -174,6 +194,7 @@ class Lifting(nn.Module):
         level = LEVELS[operator]
         self.levels = nn.ModuleList(level(operator, channels, patch_size // 2**n) for n in range(1, num_levels + 1))
 
+    @_exact
     def coarse(self, patches: Float[Tensor, "T C P P"]) -> Float[Tensor, "T C p p"]:
         """The coarsest band of every patch: update steps of all levels, no detail.
 
@@ -189,6 +210,7 @@ class Lifting(nn.Module):
         both = (height[:, None, :, None] * width[None, :, None, :]).flatten(0, 1).flatten(1)
         return (patches.flatten(2) @ both.mT.to(patches.dtype)).unflatten(-1, (len(height), len(width)))
 
+    @_exact
     def details(self, patches: Float[Tensor, "K C P P"], level: int) -> Float[Tensor, "K C 3 p p"]:
         """Details of `level` for the given patches, read again from their pixels."""
         for finer in self.levels[: level - 1]:

@@ -15,6 +15,7 @@ early exit is the journal version's anytime prediction.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -50,8 +51,8 @@ from iret.weights import (
     load_exactly,
     read_config,
     read_weights,
-    write_atomically,
-    write_weights,
+    to_safetensors,
+    write_together,
 )
 
 FORMAT = 1
@@ -198,16 +199,20 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
             ValueError: images that do not fit or hold NaN, thresholds that do not fit.
         """
         self._check_images(images)
+        if not self.num_classes:
+            raise ValueError(
+                "this model has no classes to answer with; call forward_features, or reset_classifier(N) first."
+            )
         if exit_confidence is not None and not exit_confidence >= 0:
             raise ValueError(
                 f"exit_confidence={exit_confidence:g} must be 0 (leave at once) or more; above 1 nobody leaves."
             )
         check_control(control)
-        given = thresholds.detach().cpu().numpy() if isinstance(thresholds, Tensor) else thresholds
+        given = thresholds.detach().double().cpu().numpy() if isinstance(thresholds, Tensor) else thresholds
         strengths = read_strengths(given, len(images), len(self.transitions), rule)
         record = Record(self.shape, len(images), images.device)
         self._look(images, strengths, record, exit_confidence, rule=rule, control=control, masked=masked)
-        return record.finish(scored=bool(strengths.any()))
+        return record.finish(scored=np.any(strengths, axis=(1, 2), keepdims=True)[:, 0, 0])
 
     def _look(
         self,
@@ -221,8 +226,6 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         masked: bool = False,
     ) -> Tensor:
         """What `run` describes, at strengths [B, transitions, 2]; the last answers. Without a `record` no other head runs."""
-        if not bool(torch.isfinite(images.sum(dtype=torch.promote_types(images.dtype, torch.float32)))):
-            raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")
         drops, refines_all = bool(strengths.any()), bool((strengths[..., 0] == strengths[..., 1]).all())
         strengths_BS2 = torch.from_numpy(strengths.astype(np.float32)).to(images.device)
 
@@ -288,11 +291,15 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
 
     def _check_images(self, images: Tensor) -> None:
         wanted = (self.shape.in_chans, *self.shape.img_size)
-        if images.dim() != 4 or tuple(images.shape[1:]) != wanted or not images.is_floating_point():
+        if images.dim() != 4 or not len(images) or tuple(images.shape[1:]) != wanted or not images.is_floating_point():
             raise ValueError(
                 f"images are {images.dtype} {tuple(images.shape)}; this model takes floating [B, "
-                f"{', '.join(map(str, wanted))}]. model.preprocess makes them from photos."
+                f"{', '.join(map(str, wanted))}], B 1 or more. model.preprocess makes them from photos."
             )
+        if torch.compiler.is_compiling():
+            return  # reading a value would break the graph
+        if not bool(torch.isfinite(images.sum(dtype=torch.promote_types(images.dtype, torch.float32)))):
+            raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")
 
     def lifting_loss(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, ""]:
         """The lifting regulariser, mean over levels."""
@@ -317,7 +324,7 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
             )
         return self.points.thresholds(budget)
 
-    def preprocess(self, images: Source | list[Source] | np.ndarray) -> Float[Tensor, "B C Y X"]:
+    def preprocess(self, images: Source | Sequence[Source] | np.ndarray) -> Float[Tensor, "B C Y X"]:
         """Photos (a path, bytes, a PIL image, or a list of these) as the model takes them, on its device."""
         return torch.from_numpy(self.preprocessing(images)).to(self.pos_embed.device)
 
@@ -344,11 +351,6 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         return self.push_to_hub(repo_id or Path(save_directory).name, **push_options) if push_to_hub else None
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_weights(save_directory / WEIGHTS_NAME, self.state_dict())
-        if self.points is not None:
-            write_atomically(save_directory / POINTS_NAME, self.points.to_json().encode())
-        else:
-            (save_directory / POINTS_NAME).unlink(missing_ok=True)  # of a model that was here before
         config = {
             "format": FORMAT,
             "name": self.name,
@@ -357,7 +359,15 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
             "preprocess": self.preprocessing.to_dict(),
             "labels": self.labels,
         }
-        write_atomically(save_directory / CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
+        files = {
+            WEIGHTS_NAME: to_safetensors(self.state_dict()),
+            CONFIG_NAME: (json.dumps(config, indent=1) + "\n").encode(),
+        }
+        if self.points is not None:
+            files[POINTS_NAME] = self.points.to_json().encode()
+        write_together({save_directory / name: content for name, content in files.items()})
+        if self.points is None:
+            (save_directory / POINTS_NAME).unlink(missing_ok=True)  # of a model that was here before
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Iret":
@@ -387,8 +397,10 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         return model.eval()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options) -> "Iret":  # type: ignore[override]
-        """A saved model from a folder or a hub repository; `hub_options` are those of `huggingface_hub.snapshot_download`.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, **hub_options
+    ) -> "Iret":
+        """A saved model from a folder or a hub repository; further options are those of `huggingface_hub.snapshot_download`.
 
         Raises:
             ValueError: as `from_folder`.
@@ -396,5 +408,5 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             hub_options["allow_patterns"] = [CONFIG_NAME, WEIGHTS_NAME, POINTS_NAME]
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), **hub_options))
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), revision=revision, **hub_options))
         return cls.from_folder(folder)

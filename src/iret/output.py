@@ -5,6 +5,7 @@ Read first: `model`.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -59,7 +60,8 @@ class Record:
         unanswered = answers.new_full((batch, answers.shape[1]), float("nan"))
         self.stage_logits.append(unanswered.index_copy(0, alive, answers))
 
-    def finish(self, scored: bool) -> Output:
+    def finish(self, scored: np.ndarray | bool) -> Output:
+        """`scored`, one for all or [B]: whether tokens of the image were chosen."""
         last, num_stages = len(self.stage_logits) - 1, len(self.shape.depths)
         device, batch = self.grids.device, self.grids.shape[2]
         if self.exit_stage is None:

@@ -1,7 +1,6 @@
 """Labels for photos, with what they cost: the main job, one image at a time as a device would do it."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from iret.runtime.cost import full_macs
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One answer. `macs_share` is of the full model; `time_s` the model alone, batch 1, after one warm-up run."""
+    """One answer. `macs_share` is of the full model; `time_s` the model alone, batch 1; warm it up before you believe it."""
 
     image: str
     label: str
@@ -25,6 +24,12 @@ class Prediction:
     macs: int
     macs_share: float
     time_s: float
+
+
+def warm_up(model: Iret) -> None:
+    """One run on nothing in particular: the first one of a process pays for starting threads and loading kernels."""
+    with torch.inference_mode():
+        model.run(torch.zeros(1, model.shape.in_chans, *model.shape.img_size, device=model.pos_embed.device), 1.0)
 
 
 @torch.inference_mode()
@@ -42,7 +47,6 @@ def predict(
         ValueError: an image that cannot be read, thresholds that do not fit.
     """
     x = model.preprocess(image)
-    model.run(x, thresholds, exit_confidence)
     started = time.perf_counter()
     out = model.run(x, thresholds, exit_confidence)
     confidence, index = out.logits.softmax(1).max(1)
@@ -62,21 +66,3 @@ def predict(
         time_s=time_s,
     )
     return prediction, out.trace
-
-
-def read_thresholds(words: Sequence[str]) -> object:
-    """`["1.0"]` -> 1.0 for all transitions; `["1.0", "1.2:1.5"]` -> (1.0, (1.2, 1.5)), one entry per transition.
-
-    Raises:
-        ValueError: a word that is not a number or keep:refine.
-    """
-    entries: list[float | tuple[float, ...]] = []
-    for word in words:
-        try:
-            numbers = [float(part) for part in word.split(":")]
-        except ValueError as error:
-            raise ValueError(f"threshold {word!r} is not a number or keep:refine, e.g. 1.0 or 1.2:1.5.") from error
-        if len(numbers) > 2:
-            raise ValueError(f"threshold {word!r} has {len(numbers)} parts; write keep or keep:refine.")
-        entries.append(numbers[0] if len(numbers) == 1 else tuple(numbers))
-    return entries[0] if len(entries) == 1 and isinstance(entries[0], float) else tuple(entries)

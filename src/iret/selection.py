@@ -70,17 +70,18 @@ def keep(
             kept &= importance > float("-inf")
         return kept
     live = importance > float("-inf")
+    wide = torch.float32 if importance.device.type == "mps" else torch.float64  # which MPS lacks
     order = importance.argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(1)
     kept = rank < min_keep
     if rule == "topk":
-        kept |= rank < torch.ceil((1 - strength.double()) * live.sum(1) - ROUNDING_PATCHES)[:, None]
+        kept |= rank < torch.ceil((1 - strength.to(wide)) * live.sum(1) - ROUNDING_PATCHES)[:, None]
     else:
-        share = torch.where(live, importance, 0.0).double()
+        share = torch.where(live, importance, 0.0).to(wide)
         share = share / share.sum(1, keepdim=True)
         ordered = share.gather(1, order)
         held_before = ordered.cumsum(1) - ordered
-        kept |= held_before.gather(1, rank) < (1 - strength.double())[:, None] - ROUNDING_SHARE
+        kept |= held_before.gather(1, rank) < (1 - strength.to(wide))[:, None] - ROUNDING_SHARE
         kept |= strength[:, None] <= 0
     return kept & live
 
@@ -92,14 +93,14 @@ def choose(
     min_keep: int = 8,
     refines_all: bool = False,
 ) -> Choice:
-    """What is kept at strength `strengths[:, 0]` and refined at `strengths[:, 1]`, which is at least as large.
+    """What is kept at strength `strengths[:, 0]`, at least `min_keep`, and refined at `strengths[:, 1]`, as large or larger.
 
     `refines_all` says that they are equal, so that nobody has to look.
     """
     kept = keep(importance, strengths[:, 0], rule, min_keep)
     if refines_all:
         return Choice(kept, kept)
-    return Choice(kept, keep(importance, strengths[:, 1], rule, min_keep))
+    return Choice(kept, keep(importance, strengths[:, 1], rule, min_keep=0))
 
 
 def select(tokens: Tokens, kept: Bool[Tensor, "B cells"], masked: bool = False) -> Tokens:

@@ -1,12 +1,12 @@
 """A model folder: `config.json`, `model.safetensors`, and `points.json` once operating points are known.
 
-Written atomically, one file after another, weights last but for the config that names them: an interrupted or failed
-write (disk full) leaves every old file whole. Nothing is ever unpickled.
+Written together: a write that fails (disk full) leaves every old file as it was. Nothing is ever unpickled.
 """
 
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -23,24 +23,42 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written; the old file is intact and nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    write_together({path: content})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Put every content at its path, or leave all of them as they were: nothing is renamed before all are on disk.
+
+    Raises:
+        OSError: as `write_atomically`.
+    """
+    written: list[tuple[str, Path]] = []
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's 0600 would keep other users from loading the model
-        os.replace(name, path)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            written.append((name, path))
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)  # mkstemp's 0600 would keep other users from loading the model
+        for name, path in written:
+            os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        for name, _ in written:
+            Path(name).unlink(missing_ok=True)
         raise
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Save tensors as safetensors, atomically."""
+    write_atomically(path, to_safetensors(tensors, metadata))
+
+
+def to_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(contiguous, metadata or {"format": "pt"}))
+    return save(contiguous, metadata or {"format": "pt"})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

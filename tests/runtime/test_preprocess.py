@@ -449,8 +449,8 @@ def test_settings_of_a_wrong_kind_are_refused_by_name(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mean": (0.5, 0.5), "std": (0.5, 0.5)}, r"mean=\(0\.5, 0\.5\) and std=.* need 1 or 3 entries each"),
-        ({"std": (1.0,)}, "need 1 or 3 entries each"),
+        ({"mean": (), "std": ()}, r"mean=\(\) and std=.* need an entry per channel each"),
+        ({"std": (1.0,)}, "need an entry per channel each"),
         ({"std": (1.0, 0.0, 1.0)}, "std above 0"),
         ({"std": (1.0, float("nan"), 1.0)}, "finite"),
         ({"mean": (0.5, float("inf"), 0.5)}, "finite"),

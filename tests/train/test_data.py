@@ -312,7 +312,7 @@ def test_with_a_validation_split_nothing_is_held_out(tmp_path):
 @pytest.fixture(scope="module")
 def one_in_ten_thousand(tmp_path_factory):
     images = [encode(3)] * 10_000
-    images[6789] = images[6789][:-20]
+    images[6789] = images[6789][:-30]
     return str(write_parquet(tmp_path_factory.mktemp("corrupt") / "test.parquet", [0, 1] * 5000, images=images))
 
 

@@ -2,8 +2,10 @@
 
 import csv
 import io
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,8 +21,9 @@ import torch
 from PIL import Image
 
 import iret
-from iret.train import checkpoint, loop
-from iret.train.loop import RunOptions, build_model, resample_positions, train
+from iret import cli
+from iret.train import checkpoint, loop, recipe
+from iret.train.loop import RunOptions, build_model, fit_batch, resample_positions, train
 from iret.train.recipe import Recipe
 
 TINY = Recipe(
@@ -58,6 +61,8 @@ def write_images(folder: Path, num_train: int = 80, num_val: int = 8) -> Path:
 
 
 def losses(out: Path) -> dict[int, str]:
+    if not (out / "log.csv").exists():
+        return {}
     with (out / "log.csv").open() as file:
         return {int(row["step"]): row["loss"] for row in csv.DictReader(file) if row["loss"]}
 
@@ -142,27 +147,51 @@ def test_a_leg_that_is_stopped_goes_on_with_resume(tmp_path: Path) -> None:
     assert report.is_finished and iret.load(out).num_classes == 2
 
 
-def test_ctrl_c_saves_the_state_and_says_how_to_go_on(tmp_path: Path, monkeypatch, capsys) -> None:
-    from iret import cli
-    from iret.train import recipe
-
-    data, out = str(write_images(tmp_path / "data", num_train=16)), tmp_path / "out"
+def test_ctrl_c_in_the_middle_of_a_step_resumes_to_the_losses_of_an_uninterrupted_run(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    data = str(write_images(tmp_path / "data", num_train=16))
     monkeypatch.setitem(recipe.RECIPES, "tiny", lambda: TINY)
-    original, calls = loop._Run._step, []
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    whole, broken = tmp_path / "whole", tmp_path / "bro ken"
+    arguments = ["train", "--recipe", "tiny", "--data", data, "--device", "cpu", "--seed", "3", "--steps", "4"]
+    assert cli.main([*arguments, "--out", str(whole)]) == 0
+    clip = loop.Fabric.clip_gradients
 
-    def interrupted(self, step, images, labels):
-        calls.append(step)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(self, step, images, labels)
+    def interrupted(*args, **options):  # after the gradients are there and before they are used
+        if len(losses(broken)) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return clip(*args, **options)
 
-    monkeypatch.setattr(loop._Run, "_step", interrupted)
-    arguments = ["train", "--recipe", "tiny", "--data", data, "--out", str(out), "--device", "cpu"]
-    assert cli.main(arguments) == 130
+    monkeypatch.setattr(loop.Fabric, "clip_gradients", interrupted)
+    capsys.readouterr()
+    assert cli.main([*arguments, "--out", str(broken)]) == 130
     said = capsys.readouterr().err
-    assert re.search(r"stopped and saved; go on with: iret train .* --resume", said)
-    monkeypatch.setattr(loop._Run, "_step", original)
-    assert cli.main([*arguments, "--resume"]) == 0
+    assert len(losses(broken)) == 2
+    again = re.search(r"stopped and saved; go on with: iret (train .* --resume)", said)
+    assert again is not None
+    assert cli.main(shlex.split(again.group(1))) == 0
+    assert losses(broken) == losses(whole)
+
+
+def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved(tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "build_model", interrupt)
+    assert cli.main(["train", "--data", "cluttered-digits", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 130
+    assert "stopped before anything was saved" in capsys.readouterr().err
+
+
+def test_processes_stop_at_the_same_step(tmp_path: Path) -> None:
+    data, out = write_images(tmp_path / "data", num_train=24), tmp_path / "out"
+    script = tmp_path / "run.py"
+    script.write_text(
+        run_script(data, out, "PLAIN")[2].replace("checkpoint_minutes", "stop_after_minutes=0.0, checkpoint_minutes")
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    subprocess.run(torchrun, env=environment(), check=True, capture_output=True, timeout=120)
+    assert list(losses(out)) == [0]
 
 
 def test_fine_tuning_starts_from_another_size_and_number_of_classes(tmp_path: Path) -> None:
@@ -191,8 +220,8 @@ def test_an_external_teacher_is_learned_from_and_not_trained(tmp_path: Path) -> 
     teacher = iret.create_model("iret_pico", num_classes=2)
     teacher.save_pretrained(tmp_path / "teacher")
     data = str(write_images(tmp_path / "data", num_train=16))
-    recipe = replace(TINY, teacher=str(tmp_path / "teacher"))
-    train(recipe, RunOptions(data=data, out=tmp_path / "with", device="cpu", steps=2))
+    taught_by = replace(TINY, teacher=str(tmp_path / "teacher"))
+    train(taught_by, RunOptions(data=data, out=tmp_path / "with", device="cpu", steps=2))
     train(TINY, RunOptions(data=data, out=tmp_path / "without", device="cpu", steps=2))
     taught, alone = (iret.load(tmp_path / name).state_dict() for name in ("with", "without"))
     assert taught.keys() == alone.keys()
@@ -223,15 +252,67 @@ def test_a_truncated_state_is_refused(tmp_path: Path) -> None:
         train(TINY, replace(options, resume=True))
 
 
-def test_more_in_a_batch_than_images_is_refused(tmp_path: Path) -> None:
-    data = str(write_images(tmp_path / "data", num_train=4))
-    with pytest.raises(ValueError, match=r"batch_size=8 .* does not fit 4 training images"):
-        train(TINY, RunOptions(data=data, out=tmp_path / "out", device="cpu"))
+def test_a_batch_shrinks_to_the_images_there_are_and_the_learning_rate_with_it(tmp_path: Path) -> None:
+    data, out = str(write_images(tmp_path / "data", num_train=4)), tmp_path / "out"
+    assert train(TINY, RunOptions(data=data, out=out, device="cpu", steps=1)).is_finished
+    used = json.loads((out / "recipe.json").read_text())
+    assert (used["batch_size"], used["lr"]) == (4, TINY.lr / 2)
+    assert fit_batch(TINY, 100, 2) == TINY
+    assert fit_batch(TINY, 7, 2).batch_size == 6
+    with pytest.raises(ValueError, match="2 training images cannot be shared by 3 processes"):
+        fit_batch(TINY, 2, 3)
+
+
+def test_images_that_cannot_be_read_stop_a_run_that_has_nothing_else(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", num_train=16)
+    table = pq.read_table(data / "train.parquet")
+    bad = [{"image": {"bytes": b"no image", "path": None}, "label": label} for label in table["label"].to_pylist()]
+    pq.write_table(pa.Table.from_pylist(bad), data / "train.parquet")
+    with pytest.raises(ValueError, match="no image of the batch of step 0 could be read"):
+        train(TINY, RunOptions(data=str(data), out=tmp_path / "out", device="cpu", steps=1))
+
+
+def test_a_loss_that_is_no_number_stops_before_it_is_learned(tmp_path: Path) -> None:
+    data, out = str(write_images(tmp_path / "data", num_train=16)), tmp_path / "out"
+    with pytest.raises(ValueError, match="the loss of step [1-9].* is not finite; the last checkpoint is kept"):
+        train(replace(TINY, lr=1e12, warmup_epochs=0.0), RunOptions(data=data, out=out, device="cpu", steps=4))
+    assert not (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(dict(num_classes=7), "has classes 7, the model 2"), (dict(img_size=64), r"has img_size \(64, 64\), the model")],
+)
+def test_a_teacher_of_another_shape_is_refused(tmp_path: Path, options: dict, message: str) -> None:
+    iret.create_model("iret_pico", **{"num_classes": 2, **options}).save_pretrained(tmp_path / "teacher")
+    data = str(write_images(tmp_path / "data", num_train=16))
+    with pytest.raises(ValueError, match=message):
+        train(
+            replace(TINY, teacher=str(tmp_path / "teacher")), RunOptions(data=data, out=tmp_path / "out", device="cpu")
+        )
+
+
+def test_a_recipe_for_other_stages_is_refused(tmp_path: Path) -> None:
+    data = str(write_images(tmp_path / "data", num_train=16))
+    with pytest.raises(ValueError, match="weighs 1 heads before the last, the model has 2"):
+        train(replace(TINY, stage_weights=(0.3,)), RunOptions(data=data, out=tmp_path / "out", device="cpu"))
+
+
+def test_a_warm_up_never_exceeds_the_learning_rate(tmp_path: Path) -> None:
+    data, out = str(write_images(tmp_path / "data", num_train=24)), tmp_path / "out"
+    train(replace(TINY, warmup_epochs=0.5), RunOptions(data=data, out=out, device="cpu"))  # one and a half steps
+    with (out / "log.csv").open() as file:
+        assert max(float(row["lr"]) for row in csv.DictReader(file) if row["lr"]) <= TINY.lr
+
+
+def test_any_seed_that_fits_64_bits_is_one(tmp_path: Path) -> None:
+    data = str(write_images(tmp_path / "data", num_train=16))
+    assert train(TINY, RunOptions(data=data, out=tmp_path / "out", device="cpu", steps=1, seed=2**40)).is_finished
 
 
 def test_bf16_goes_through_all_three_parts_of_a_run(tmp_path: Path) -> None:
     data = str(write_images(tmp_path / "data", num_train=16))
-    recipe = replace(TINY, precision="bf16-mixed", full_until=0.3, sampled_until=0.6)
-    train(recipe, RunOptions(data=data, out=tmp_path / "out", device="cpu", steps=6))
+    rounded = replace(TINY, precision="bf16-mixed", full_until=0.3, sampled_until=0.6)
+    train(rounded, RunOptions(data=data, out=tmp_path / "out", device="cpu", steps=6))
     weights = iret.load(tmp_path / "out").state_dict()
     assert all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in weights.values())

@@ -23,6 +23,7 @@ Count = Any  # int or integer array: one number per image
 class Shape:
     """Everything that decides what an Iret computes; sizes in pixels, `embed_dims` and `depths` one entry per stage.
 
+    `scored_blocks` is how many of a stage's last blocks the class row is read in; the column mean is read in the last alone.
     A model of S stages lifts each patch over S - 1 levels, so `patch_size` is divisible by 2^(S - 1).
     """
 
@@ -39,6 +40,8 @@ class Shape:
     scored_blocks: int = 2
 
     def __post_init__(self) -> None:
+        for name in ("img_size", "embed_dims", "depths"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists are welcome; a shape is hashed
         rows, columns = self.img_size
         if min(rows, columns) < self.patch_size or rows % self.patch_size or columns % self.patch_size:
             raise ValueError(
@@ -183,14 +186,14 @@ def _coefficients(shape: Shape, scored: bool) -> np.ndarray:
     return np.array(rows, dtype=np.int64).T[..., None]
 
 
-def macs(shape: Shape, kept: Count, refined: Count, *, scored: bool, stages_run: Count | None = None) -> np.ndarray:
+def macs(shape: Shape, kept: Count, refined: Count, *, scored: Any, stages_run: Count | None = None) -> np.ndarray:
     """MACs of `Iret.run` per image, int64 [B].
 
-    `kept` and `refined` are [S, B] patches in each stage (`kept[0]` is all of them, `refined[0]` is not read); `scored`
-    says whether tokens were chosen; `stages_run` [B] counts the stages an image passed before it exited.
+    `kept` and `refined` are [S, B] patches in each stage (`kept[0]` is all of them, `refined[0]` is not read); `scored`,
+    a bool or [B], says whether tokens were chosen; `stages_run` [B] counts the stages an image passed before it exited.
     """
     kept, refined = np.asarray(kept, dtype=np.int64), np.asarray(refined, dtype=np.int64)
-    constant, linear, square, detail = _coefficients(shape, scored)
+    constant, linear, square, detail = np.where(scored, _coefficients(shape, True), _coefficients(shape, False))
     spent = constant + (linear + square * kept) * kept + detail * refined
     if stages_run is not None:
         spent = spent * (np.arange(len(spent))[:, None] < np.asarray(stages_run))

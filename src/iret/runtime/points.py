@@ -13,6 +13,7 @@ import numpy as np
 
 FORMAT = 1
 FILE_NAME = "points.json"
+BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)  # that cards, `iret eval` and the demo show
 CLIFF_SHARE, CLIFF_STEP = 0.1, 0.02  # so much of the full MACs on so little of the threshold is a cliff
 
 

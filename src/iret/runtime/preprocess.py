@@ -7,7 +7,7 @@ import io
 import math
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,6 +50,8 @@ def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     name = str(source) if isinstance(source, (str, Path)) else "the image"
     if isinstance(source, Image.Image):
         return _decode(source, name)
+    if not isinstance(source, (str, Path, bytes)) and not hasattr(source, "read"):
+        raise ValueError(f"a photo is a path, bytes, an open file or a PIL image, not {type(source).__name__}.")
     if isinstance(source, (str, Path)) and not Path(source).is_file():
         raise ValueError(f"{name} does not exist or is not a file; give the path of a photo.")
     try:
@@ -105,8 +107,10 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         is_finite = all(map(math.isfinite, (*self.mean, *self.std)))
-        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or not is_finite or min(self.std) <= 0:
-            raise ValueError(f"mean={self.mean} and std={self.std} need 1 or 3 entries each, finite, std above 0.")
+        if not self.mean or len(self.std) != len(self.mean) or not is_finite or min(self.std) <= 0:
+            raise ValueError(
+                f"mean={self.mean} and std={self.std} need an entry per channel each, finite, std above 0."
+            )
         if len(self.img_size) != 2 or min(self.img_size) < 1 or not 0 < self.crop_ratio <= 1:
             raise ValueError(
                 f"img_size={self.img_size} must be two positive numbers and crop_ratio={self.crop_ratio} in (0, 1]."
@@ -118,6 +122,10 @@ class Preprocess:
 
     def fit(self, image: Image.Image) -> np.ndarray:
         """uint8 [Y, X, C]: the centre, at `crop_ratio` of the largest crop of this shape; the aspect is kept."""
+        if len(self.mean) not in (1, 3):
+            raise ValueError(
+                f"photos have 1 or 3 channels and this model takes {len(self.mean)}; make its input yourself."
+            )
         rows, columns = self.img_size
         image = image.convert("L" if len(self.mean) == 1 else "RGB")
         scale = self.crop_ratio * min(image.width / columns, image.height / rows)
@@ -136,7 +144,7 @@ class Preprocess:
         scaled = (pixels.astype(np.float32) / 255 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
 
-    def __call__(self, images: Source | list[Source] | np.ndarray) -> np.ndarray:
+    def __call__(self, images: Source | Sequence[Source] | np.ndarray) -> np.ndarray:
         """float32 [B, C, Y, X] from one photo, a list of them, or uint8 [Y, X, C] or [B, Y, X, C] of any size."""
         if isinstance(images, np.ndarray):
             if images.dtype != np.uint8 or images.ndim not in (3, 4):
@@ -146,7 +154,7 @@ class Preprocess:
             batch = images[None] if images.ndim == 3 else images
             sources: list = [Image.fromarray(each.squeeze(-1) if each.shape[-1] == 1 else each) for each in batch]
         else:
-            sources = images if isinstance(images, list) else [images]
+            sources = list(images) if isinstance(images, (list, tuple)) else [images]
         if not sources:
             raise ValueError("no image was given.")
         return self.normalise(np.stack([self.fit(open_image(source)) for source in sources]))

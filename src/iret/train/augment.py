@@ -46,8 +46,8 @@ class Augmenter:
 
     def _mixup(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Zhang et al. 2018: every image is blended with another, the share from a beta distribution."""
-        alpha = torch.full((len(pixels),), self.recipe.mixup, device=pixels.device)
-        share = torch.distributions.Beta(alpha, alpha).sample()
+        alpha = torch.full((len(pixels),), self.recipe.mixup)
+        share = torch.distributions.Beta(alpha, alpha).sample().to(pixels.device)  # on CPU: MPS cannot draw it
         other = torch.randperm(len(pixels), device=pixels.device)
         return (
             torch.lerp(pixels[other], pixels, share[:, None, None, None]),

@@ -23,6 +23,8 @@ class Progress:
     time_s: float = 0.0  # training time over all legs
     skipped: int = 0  # corrupt images met
     seed: int = 0
+    num_processes: int = 1
+    machine: str = ""  # the processor
 
 
 def save_state(

@@ -45,11 +45,13 @@ class ImageData(Dataset):
         class_names: Sequence[str],
         preprocess: Preprocess,
         on_corrupt: str,
+        split: str = "train",
     ) -> None:
         if on_corrupt not in ("skip", "stop"):
             raise ValueError(f"on_corrupt={on_corrupt!r} is unknown; choose skip or stop.")
         self.rows, self.read, self.preprocess, self.on_corrupt = rows, read, preprocess, on_corrupt
         self.class_names = [str(name) for name in class_names]
+        self.split = split  # the one it is, which may stand in for the one that was asked for
 
     @property
     def num_classes(self) -> int:
@@ -95,7 +97,7 @@ def open_data(
     path = Path(spec)
     if spec == EMBEDDED:
         digits = ClutteredDigits(split, size=preprocess.img_size)
-        return ImageData(range(len(digits)), digits.__getitem__, digits.class_names, preprocess, on_corrupt)
+        return ImageData(range(len(digits)), digits.__getitem__, digits.class_names, preprocess, on_corrupt, split)
     if path.is_file() or (path.is_dir() and any(path.rglob("*.parquet"))):
         parts = _parquet_splits(path, label_column)
     elif path.is_dir():
@@ -103,6 +105,11 @@ def open_data(
     else:
         parts = _hub_splits(spec, label_column)
     return _split(parts, split, spec, preprocess, on_corrupt)
+
+
+def name_of(spec: str) -> str:
+    """What cards and tables call the data: a folder's or file's name, never a path."""
+    return Path(spec).resolve().name if Path(spec).exists() else spec
 
 
 @runtime_checkable
@@ -140,7 +147,7 @@ def _split(parts: Mapping[str, _Part], split: str, spec: str, preprocess: Prepro
     read: Callable[[int], tuple[Source, int]] = part.read
     if part.class_names != names:  # a split may lack classes, and then counts them differently
         read = partial(_read_as, part, [names.index(name) for name in part.class_names])
-    return ImageData(rows, read, names, preprocess, on_corrupt)
+    return ImageData(rows, read, names, preprocess, on_corrupt, wanted)
 
 
 def _read_as(part: _Part, label_of: Sequence[int], row: int) -> tuple[Source, int]:

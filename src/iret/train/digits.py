@@ -1,8 +1,9 @@
 """`cluttered-digits`: a data set with no download, in the manner of cluttered translated MNIST.
 
-Each image is one real handwritten digit (scikit-learn's, 8 x 8), enlarged by a whole number and placed anywhere on a dim,
-mottled canvas among fragments of other digits. Most of the canvas is beside the point, which is the point: attention has to
-find the digit. Originals are split between train, val and test, so no handwriting is seen in two of them.
+Each image is one real handwritten digit (scikit-learn's, 8 x 8), enlarged by a whole number and placed at random, on a
+lattice of 8 px, on a dim, mottled canvas among fragments of other digits, which lie anywhere. Most of the canvas is beside
+the point, which is the point: attention has to find the digit. Originals are split between train, val and test, so no
+handwriting is seen in two of them.
 
 Everything is drawn from a counter-based generator keyed by (seed, split, index) and computed in integers, so the images are
 identical on every machine.

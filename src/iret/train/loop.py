@@ -8,31 +8,27 @@ The run folder is a model folder (`iret.load` reads it) plus the training state,
 """
 
 import copy
-import csv
 import json
 import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
-from rich.console import Console
-from rich.progress import BarColumn, Progress as ProgressBar, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from iret.calibrate import calibrate
+from iret.doctor import processor_name
 from iret.evaluate import Setting, evaluate
 from iret.model import Iret
 from iret.train.augment import Augmenter
-from iret.train.checkpoint import Progress, load_state, save_state
-from iret.train.data import ImageData, make_loader, open_data
+from iret.train.checkpoint import FILE_NAME as STATE_NAME, Progress, load_state, save_state
+from iret.train.data import ImageData, make_loader, name_of, open_data
 from iret.train.loss import Objective, autocast, draw_thresholds
+from iret.train.monitor import Interrupt, Log, bar, return_memory
 from iret.train.recipe import Recipe
 from iret.weights import write_atomically
 from iret.zoo import create_model, load
@@ -43,7 +39,7 @@ EVAL_IMAGES = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where and how a recipe runs; nothing here changes what is learned but `seed` and `steps`."""
+    """On what, where and for how long a recipe runs."""
 
     data: str
     out: Path
@@ -80,7 +76,7 @@ def train(recipe: Recipe, options: RunOptions) -> Report:
     """
     if options.steps is not None and options.steps < 1:
         raise ValueError(f"steps={options.steps} must be 1 or more.")
-    if not options.resume and (options.out / "train_state.safetensors").exists():
+    if not options.resume and (options.out / STATE_NAME).exists():
         raise ValueError(f"{options.out} holds a run already; go on with --resume or choose another --out.")
     fabric = launch(options.device)
     torch.manual_seed(options.seed)
@@ -89,7 +85,26 @@ def train(recipe: Recipe, options: RunOptions) -> Report:
     if model.num_classes != data.num_classes:
         model.reset_classifier(data.num_classes)
     model.labels = tuple(data.class_names)
+    _check_fit(recipe, model, teacher)
     return _Run(fabric, recipe, options, model, teacher, data).go()
+
+
+def _check_fit(recipe: Recipe, model: Iret, teacher: Iret | None) -> None:
+    """Raises ValueError for a recipe or a teacher of another shape than the model."""
+    if len(recipe.stage_weights) != model.shape.levels:
+        raise ValueError(
+            f"recipe {recipe.name} weighs {len(recipe.stage_weights)} heads before the last, the model has "
+            f"{model.shape.levels}; choose a recipe of a model with as many stages."
+        )
+    if teacher is None:
+        return
+    for what, theirs, ours in (
+        ("classes", teacher.num_classes, model.num_classes),
+        ("img_size", teacher.shape.img_size, model.shape.img_size),
+        ("preprocessing", teacher.preprocessing, model.preprocessing),
+    ):
+        if theirs != ours:
+            raise ValueError(f"teacher {recipe.teacher} has {what} {theirs}, the model {ours}; they must be the same.")
 
 
 def build_model(recipe: Recipe, options: RunOptions) -> Iret:
@@ -135,14 +150,27 @@ def _open(options: RunOptions, split: str, model: Iret) -> ImageData:
 def launch(device: str) -> Fabric:
     """One process, or the ones `torchrun` started."""
     local, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    accelerator, _, index = device.partition(":")
     fabric = Fabric(
-        accelerator=device,
-        devices=local,
+        accelerator=accelerator,
+        devices=[int(index)] if index else local,
         num_nodes=world // local,
         strategy="ddp" if world > 1 else "auto",
     )
     fabric.launch()
     return fabric
+
+
+def fit_batch(recipe: Recipe, num_images: int, num_processes: int) -> Recipe:
+    """The recipe with a batch that the data can fill, in equal shares; the learning rate falls with the batch.
+
+    Raises:
+        ValueError: fewer images than processes.
+    """
+    batch_size = min(recipe.batch_size, num_images) // num_processes * num_processes
+    if not batch_size:
+        raise ValueError(f"{num_images} training images cannot be shared by {num_processes} processes; use fewer.")
+    return replace(recipe, batch_size=batch_size, lr=recipe.lr * batch_size / recipe.batch_size)
 
 
 class _Run:
@@ -159,11 +187,7 @@ class _Run:
     ) -> None:
         self.fabric, self.recipe, self.options, self.data = fabric, recipe, options, data
         self.held_out = _open(options, "val", model)
-        if recipe.batch_size > len(data) or recipe.batch_size % fabric.world_size:
-            raise ValueError(
-                f"batch_size={recipe.batch_size} of recipe {recipe.name} does not fit {len(data)} training images on "
-                f"{fabric.world_size} processes; it needs as many images and an equal share for each process."
-            )
+        self.recipe = recipe = fit_batch(recipe, len(data), fabric.world_size)
         self.steps_per_epoch = len(data) // recipe.batch_size
         self.num_steps = options.steps or math.ceil(recipe.epochs * self.steps_per_epoch)
         self.augment = Augmenter(recipe, model)
@@ -174,7 +198,7 @@ class _Run:
             {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
-        self.progress = Progress(seed=options.seed)
+        self.progress = Progress(seed=options.seed, num_processes=fabric.world_size, machine=processor_name())
         if options.resume:
             self.progress = load_state(options.out, self.model, self.ema, self.optimizer, recipe, options.seed)
         teacher = None if teacher is None else fabric.to_device(teacher).requires_grad_(False).eval()
@@ -182,47 +206,49 @@ class _Run:
 
     def go(self) -> Report:
         started, time_before = time.monotonic(), self.progress.time_s
-        saved_at = started
+        saved_at, stop = started, Interrupt()
         out, is_first = self.options.out, self.fabric.is_global_zero
         if is_first:
             write_atomically(out / "recipe.json", (json.dumps(asdict(self.recipe), indent=1) + "\n").encode())
-        log = _Log(out, self.progress.step) if is_first else None
-        try:
-            with _bar(self.num_steps, self.progress.step, is_first) as (advance, say):
-                for images, labels, skipped in self._batches():
-                    step = self.progress.step
-                    parts = self._step(step, images, labels)
-                    now = time.monotonic()
-                    self.progress = replace(
-                        self.progress,
-                        step=step + 1,
-                        time_s=time_before + now - started,
-                        skipped=self.progress.skipped + skipped,
+            for leftover in out.glob(f".{STATE_NAME}.*"):  # of a save that was killed
+                leftover.unlink()
+        log = Log(out, self.progress.step) if is_first else None
+        with stop, bar(self.num_steps, self.progress.step, is_first) as (advance, say):
+            for images, labels, skipped in self._batches():
+                step = self.progress.step
+                parts = self._step(step, images, labels)
+                now = time.monotonic()
+                self.progress = replace(
+                    self.progress,
+                    step=step + 1,
+                    time_s=time_before + now - started,
+                    skipped=self.progress.skipped + skipped,
+                )
+                advance(step + 1, float(parts["loss"]), len(images) * self.fabric.world_size)
+                is_epoch_end = (step + 1) % self.steps_per_epoch == 0 or step + 1 == self.num_steps
+                if log and (step % LOG_EVERY == 0 or is_epoch_end):
+                    log.write(step, self._lr(step), parts)
+                if step % LOG_EVERY == 0:
+                    return_memory()
+                if log and is_epoch_end:
+                    full, dropped = self._evaluate()
+                    log.write_accuracy(step, full, dropped)
+                    minutes = self.progress.time_s / 60
+                    say(
+                        f"step {step + 1} of {self.num_steps} after {minutes:.0f} minutes: held-out top-1 {full:.1%}, "
+                        f"at threshold 1 {dropped:.1%}"
                     )
-                    advance(step + 1, float(parts["loss"]), len(images) * self.fabric.world_size)
-                    is_epoch_end = (step + 1) % self.steps_per_epoch == 0 or step + 1 == self.num_steps
-                    if log and (step % LOG_EVERY == 0 or is_epoch_end):
-                        log.write(step, self._lr(step), parts)
-                    if log and is_epoch_end:
-                        full, dropped = self._evaluate()
-                        log.write_accuracy(step, full, dropped)
-                        minutes = self.progress.time_s / 60
-                        say(
-                            f"step {step + 1} of {self.num_steps} after {minutes:.0f} minutes: held-out top-1 {full:.1%}, "
-                            f"at threshold 1 {dropped:.1%}"
-                        )
-                    is_late = self._is_over(started)
-                    if is_epoch_end or is_late or now - saved_at > 60 * self.options.checkpoint_minutes:
-                        self._save()
-                        saved_at = now
-                    if is_late:
-                        break
-        except KeyboardInterrupt:
-            self._save()
-            raise
+                is_over = self._agree(stop.is_set or self._is_late(started))
+                if is_epoch_end or is_over or now - saved_at > 60 * self.options.checkpoint_minutes:
+                    self._save()
+                    saved_at = now
+                if is_over:
+                    break
+        if stop.is_set:
+            raise KeyboardInterrupt
         is_finished = self.progress.step >= self.num_steps
         if is_finished and is_first:
-            self.ema.points = calibrate(self.ema, self.held_out, data_name=Path(self.options.data).resolve().name)
+            self.ema.points = calibrate(self.ema, self.held_out, data_name=name_of(self.options.data))
             self.ema.save_pretrained(out)
         return Report(is_finished, self.progress.step, self.num_steps, self.progress.time_s, self.progress.skipped)
 
@@ -247,6 +273,10 @@ class _Run:
 
     def _step(self, step: int, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         recipe, rank = self.recipe, self.fabric.global_rank
+        if not len(images):
+            raise ValueError(
+                f"no image of the batch of step {step} could be read; check the data with --on-corrupt stop."
+            )
         torch.manual_seed(_seed_of(self.options.seed, step, rank))
         images, targets = self.augment(*self.fabric.to_device((images, labels)))
         share = step / self.num_steps
@@ -266,6 +296,10 @@ class _Run:
             group["lr"] = self._lr(step)
         self.objective.train()
         parts = self.objective(images, targets, thresholds, share >= recipe.sampled_until)
+        if not bool(torch.isfinite(parts["loss"])):
+            raise ValueError(
+                f"the loss of step {step} is not finite; the last checkpoint is kept. Lower the learning rate, or use fp32."
+            )
         self.fabric.backward(parts["loss"])
         self.fabric.clip_gradients(self.objective, self.wrapped_optimizer, max_norm=recipe.clip_norm)
         self.wrapped_optimizer.step()
@@ -283,12 +317,18 @@ class _Run:
         recipe = self.recipe
         warmup = recipe.warmup_epochs * self.steps_per_epoch
         if step < warmup and warmup < self.num_steps:
-            return recipe.lr * (step + 1) / warmup
+            return recipe.lr * min(1.0, (step + 1) / warmup)
         share = (step - warmup) / max(1, self.num_steps - warmup) if warmup < self.num_steps else step / self.num_steps
         floor = recipe.final_lr_ratio
         return recipe.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
 
-    def _is_over(self, started: float) -> bool:
+    def _agree(self, is_over: bool) -> bool:
+        """Whether any process wants to stop, so that all do at the same step."""
+        if self.fabric.world_size == 1:
+            return is_over
+        return bool(self.fabric.all_reduce(torch.tensor(float(is_over)), reduce_op="sum"))
+
+    def _is_late(self, started: float) -> bool:
         limit = self.options.stop_after_minutes
         return limit is not None and time.monotonic() - started > 60 * limit
 
@@ -306,61 +346,4 @@ class _Run:
 
 def _seed_of(seed: int, step: int, rank: int) -> int:
     """A seed for one step of one process; rank -1 for what all processes share."""
-    return (seed * 1_000_003 + step) * 65_537 + rank + 1
-
-
-class _Log:
-    """`log.csv` and TensorBoard; what a killed leg wrote past its last checkpoint is cut off before going on."""
-
-    FIELDS = ("step", "lr", "loss", "ce", "ce_dropped", "kl_dropped", "lifting", "accuracy", "accuracy_threshold_1")
-
-    def __init__(self, out: Path, step: int) -> None:
-        self.path = out / "log.csv"
-        rows = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) < step]
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
-
-    def write(self, step: int, lr: float, parts: dict[str, Tensor]) -> None:
-        values = {"lr": lr} | {name: value.item() for name, value in parts.items() if name in self.FIELDS}
-        self._append(step, values)
-
-    def write_accuracy(self, step: int, full: float, dropped: float) -> None:
-        self._append(step, {"accuracy": full, "accuracy_threshold_1": dropped})
-
-    def _append(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.FIELDS).writerow({"step": step, **values})
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-        self.board.flush()
-
-
-@contextmanager
-def _bar(num_steps: int, step: int, is_shown: bool) -> Iterator:
-    """A progress bar on stderr with images/s, loss and time left; yields advance(step, loss, images) and say(line).
-
-    The bar shows on a terminal alone, what is said also in a file that stderr is sent to.
-    """
-    columns = (
-        TextColumn("step {task.completed}/{task.total}"),
-        BarColumn(),
-        TextColumn("{task.fields[rate]:.0f} images/s  loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(elapsed_when_finished=True, compact=True),
-    )
-    with ProgressBar(*columns, console=Console(stderr=True), disable=not is_shown) as bar:
-        task = bar.add_task("train", total=num_steps, completed=step, rate=0.0, loss=float("nan"))
-        last = time.monotonic()
-
-        def advance(done: int, loss: float, images: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            rate, last = images / max(now - last, 1e-9), now
-            bar.update(task, completed=done, rate=rate, loss=loss)
-
-        yield advance, partial(bar.console.print, highlight=False, soft_wrap=True)
+    return ((seed * 1_000_003 + step) * 65_537 + rank + 1) % 2**63
