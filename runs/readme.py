@@ -1,4 +1,4 @@
-"""Bring README.md up to date: the tables of the shipped models' cards between its markers, the pictures of `make demo`.
+"""Bring README.md up to date: the tables of the shipped models' cards and of the latest timing, the pictures of `make demo`.
 
 Run it after `runs/ship.sh` and `make demo`.
 """
@@ -16,16 +16,22 @@ def tables(card: str) -> list[str]:
     return re.findall(r"(?:^\|.*\|\n)+", card, flags=re.MULTILINE)
 
 
+def between(name: str, new: str, text: str) -> str:
+    """`text` with `new` between the markers of that name."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+    return re.sub(re.escape(begin) + r".*?" + re.escape(end), lambda _: begin + new + end, text, flags=re.S)
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     for folder in sorted((ROOT / "src/iret/checkpoints").iterdir()):
         accuracy, control = tables((folder / "README.md").read_text())
-        for kind, table in (("accuracy", accuracy), ("control", control)):
-            begin, end = f"<!-- {folder.name} {kind} -->\n", f"<!-- end {folder.name} {kind} -->"
-            text = re.sub(
-                re.escape(begin) + r".*?" + re.escape(end), lambda _, new=begin + table + end: new, text, flags=re.S
-            )
+        text = between(f"{folder.name} accuracy", accuracy, text)
+        text = between(f"{folder.name} control", control, text)
+    timing = max((ROOT / "results").glob("*_speed_*"))
+    said = (timing / "README.md").read_text().rstrip()
+    text = between("speed", f"{said}\n\nRaw samples: `{timing.relative_to(ROOT)}/`.\n", text)
     readme.write_text(text)
     for picture, name in PICTURES.items():
         shutil.copy(ROOT / "demo" / picture, ROOT / "docs" / name)
