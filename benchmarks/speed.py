@@ -14,6 +14,7 @@ import csv
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -111,12 +112,14 @@ def thresholds_for(model: iret.Iret, images: Tensor, ratio: float) -> tuple[floa
 def interleave(
     functions: dict[str, Callable[[], object]], rounds: int, stopwatch: Stopwatch
 ) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of every call and of choosing in it; each round calls all, so that drift hits all alike."""
+    """Seconds of every call and of choosing in it; each round calls all, so that drift hits all alike, in an order of its own,
+    because a call leaves the caches to the next one."""
+    draw = random.Random(0)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for round_ in range(rounds + WARMUP):
-        for name, function in functions.items():
+        for name in draw.sample(list(functions), len(functions)):
             started = time.perf_counter()
-            function()
+            functions[name]()
             spent = time.perf_counter() - started
             choosing = stopwatch.take()
             if round_ >= WARMUP:
