@@ -5,7 +5,7 @@ The baseline that a model with a dial has to be held against: what would a stati
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/static_vit.py --recipe cifar10_pico_cpu \
         --data DATA --minutes 100 --out results/...
 
-The width is the multiple of 32 that comes closest in MACs at the same depth; the schedule of the learning rate runs
+The width is the multiple of 4 (heads) that comes closest in MACs at the same depth; the schedule of the learning rate runs
 over the minutes given.
 """
 
@@ -22,18 +22,19 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from iret import doctor
 from iret.model import Iret
 from iret.runtime.cost import Shape, full_macs
 from iret.train.augment import Augmenter
 from iret.train.data import ImageData, make_loader, open_data
-from iret.train.loop import launch
+from iret.train.loop import launch, make_optimizer
 from iret.train.loss import autocast, soft_cross_entropy
 from iret.train.recipe import Recipe, find_recipe
 from iret.vit import VisionTransformer
 from iret.weights import write_weights
 from iret.zoo import create_model
 
-HEAD_DIM = 32
+NUM_HEADS = 4
 
 
 def vit_macs(shape: Shape, dim: int, depth: int) -> int:
@@ -43,10 +44,10 @@ def vit_macs(shape: Shape, dim: int, depth: int) -> int:
     return embed + depth * (12 * tokens * dim * dim + 2 * tokens * tokens * dim) + dim * shape.num_classes
 
 
-def build(shape: Shape) -> tuple[VisionTransformer, int]:
+def build(shape: Shape, drop_path_rate: float) -> tuple[VisionTransformer, int]:
     """The ViT of the same depth whose MACs come closest, and its MACs."""
     depth = sum(shape.depths)
-    dims = range(HEAD_DIM, 2 * max(shape.embed_dims), HEAD_DIM)
+    dims = range(NUM_HEADS, 2 * max(shape.embed_dims), NUM_HEADS)
     dim = min(dims, key=lambda d: abs(vit_macs(shape, d, depth) - full_macs(shape)))
     model = VisionTransformer(
         img_size=shape.img_size,
@@ -55,7 +56,8 @@ def build(shape: Shape) -> tuple[VisionTransformer, int]:
         num_classes=shape.num_classes,
         embed_dim=dim,
         depth=depth,
-        num_heads=dim // HEAD_DIM,
+        num_heads=NUM_HEADS,
+        drop_path_rate=drop_path_rate,
     )
     return model, vit_macs(shape, dim, depth)
 
@@ -64,9 +66,9 @@ def build(shape: Shape) -> tuple[VisionTransformer, int]:
 def accuracy(model: nn.Module, carrier: Iret, data: ImageData) -> float:
     """Top-1 in [0, 1]."""
     model.eval()
-    correct = seen = 0
+    correct, seen, device = 0, 0, next(model.parameters()).device
     for pixels, labels, _ in make_loader(data, 250, seed=0, epoch=0, shuffle=False, drop_last=False):
-        correct += int((model(carrier.normalise(pixels.float() / 255)).argmax(1) == labels).sum())
+        correct += int((model(carrier.normalise(pixels.to(device).float() / 255)).argmax(1).cpu() == labels).sum())
         seen += len(labels)
     return correct / seen
 
@@ -81,9 +83,8 @@ def learning_rate(recipe: Recipe, step: int, warmup_steps: float, share_of_time:
 def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data: ImageData, limit_s: float):
     """Train for `limit_s` seconds; returns the running mean of the weights and (step, share of time, loss) of every 20th step."""
     augment = Augmenter(recipe, carrier)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
+    model = fabric.to_device(model)
+    optimizer = make_optimizer(recipe, model)
     ema = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema_decay)
     )
@@ -116,7 +117,7 @@ def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data:
             optimizer.zero_grad()
             ema.update_parameters(model)
             if step % 20 == 0:
-                losses.append((step, share, float(loss)))
+                losses.append((step, share, float(loss.detach())))
             step += 1
         epoch += 1
 
@@ -135,7 +136,7 @@ def main() -> None:
     carrier = create_model(recipe.model)  # for its shape and normalisation
     data = open_data(args.data, "train", carrier.preprocessing)
     carrier.reset_classifier(data.num_classes)
-    model, macs = build(carrier.shape)
+    model, macs = build(carrier.shape, recipe.drop_path_rate)
     trained, steps, losses = train(fabric, recipe, model, carrier, data, 60 * args.minutes)
     if not fabric.is_global_zero:
         return
@@ -153,6 +154,7 @@ def main() -> None:
         "test_top1": accuracy(trained, carrier, open_data(args.data, "test", carrier.preprocessing)),
     }
     (args.out / "recipe.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / "env.json").write_text(json.dumps(doctor.report(), indent=1) + "\n")
     rows = [f"{step},{share:.5f},{loss:.5f}" for step, share, loss in losses]
     (args.out / "samples.csv").write_text("\n".join(["step,share_of_time,loss", *rows, ""]))
     print(json.dumps(result, indent=1))

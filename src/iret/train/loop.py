@@ -161,6 +161,15 @@ def launch(device: str) -> Fabric:
     return fabric
 
 
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW that leaves biases, norms and the lifting's taps out of the decay."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+
+
 def fit_batch(recipe: Recipe, num_images: int, num_processes: int) -> Recipe:
     """The recipe with a batch that the data can fill, in equal shares; the learning rate falls with the batch.
 
@@ -193,11 +202,7 @@ class _Run:
         self.augment = Augmenter(recipe, model)
         self.model = model.to(fabric.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        groups = [
-            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+        self.optimizer = make_optimizer(recipe, model)
         self.progress = Progress(seed=options.seed, num_processes=fabric.world_size, machine=processor_name())
         if options.resume:
             self.progress = load_state(options.out, self.model, self.ema, self.optimizer, recipe, options.seed)
