@@ -97,7 +97,7 @@ def test_warming_up_runs_the_model_once(monkeypatch):
     model, shapes = make_model(), []
     monkeypatch.setattr(model, "run", lambda images, thresholds: shapes.append(tuple(images.shape)))
     warm_up(model)
-    assert shapes == [(1, model.shape.in_chans, *model.shape.img_size)]
+    assert shapes == [(2, model.shape.in_chans, *model.shape.img_size)]
 
 
 def test_what_is_no_photo_is_refused(tmp_path):

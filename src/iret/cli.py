@@ -15,14 +15,17 @@ from pathlib import Path
 
 from iret.arguments import build_parser, read_thresholds
 
+LONG_VERBS = ("train", "eval", "calibrate", "card", "demo")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     args.words = words
-    # libgomp's barriers spin, which slows two threads 10 to 30 times beside another busy process; read when torch loads.
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    if args.verb in LONG_VERBS:
+        # libgomp's barriers spin, which slows two threads 10 to 30 times beside another busy process; read when torch loads.
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
     try:
         return VERBS[args.verb](args)
     except KeyboardInterrupt:

@@ -28,8 +28,11 @@ class Prediction:
 
 def warm_up(model: Iret) -> None:
     """One run on nothing in particular: the first one of a process pays for starting threads and loading kernels."""
+    images = torch.zeros(2, model.shape.in_chans, *model.shape.img_size, device=model.pos_embed.device)
+    strengths = torch.zeros(2, len(model.transitions))
+    strengths[1] = 2.0  # one image drops, one does not: a ragged batch
     with torch.inference_mode():
-        model.run(torch.zeros(1, model.shape.in_chans, *model.shape.img_size, device=model.pos_embed.device), 1.0)
+        model.run(images, strengths)
 
 
 @torch.inference_mode()
