@@ -4,6 +4,7 @@
 set -euo pipefail
 run=$1 name=$2 data=$3
 target="$(dirname "$0")/../src/iret/checkpoints/$name"
+PATH="$(dirname "$0")/../.venv/bin:$PATH"
 iret card "$run" --data "$data" --name "$name"
 mkdir -p "$target"
 cp "$run"/{config.json,model.safetensors,points.json,recipe.json,log.csv,README.md} "$target/"

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from iret.calibrate import calibrate
+from iret import calibrate as calibrate_module
+from iret.calibrate import RATIOS, calibrate
 from iret.evaluate import Setting, evaluate
 from iret.model import Iret
 from iret.runtime.cost import Shape, full_macs
@@ -70,7 +71,7 @@ def test_neighbouring_points_lie_close():
     model = make_model()
     table = calibrate(model, make_data(model), data_name="mine")
     steps = -np.diff(shares(table))
-    thresholds = np.diff([point.thresholds[0][0] for point in table.points])
+    thresholds = np.diff([point.thresholds[-1][0] for point in table.points])
     assert np.all((steps <= 0.05) | (thresholds <= 0.01))
 
 
@@ -113,3 +114,18 @@ def test_a_budget_is_not_overspent_where_a_hair_of_threshold_drops_nearly_everyt
     assert table.cheapest_budget < 0.5
     (score,) = evaluate(model, data, [Setting(thresholds=table.thresholds(0.5))])
     assert score.macs_mean / table.full_macs < 0.55
+
+
+def test_thresholds_rise_by_one_ratio_from_the_first_transition_to_the_last():
+    model = make_model()
+    table = calibrate(model, make_data(model), data_name="mine")
+    ratios = {round(point.thresholds[0][0] / point.thresholds[1][0], 6) for point in table.points[1:]}
+    assert len(ratios) == 1 and ratios.pop() in RATIOS
+
+
+def test_the_ratio_is_the_one_that_keeps_most_accuracy(monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(calibrate_module, "_worth", lambda model, data, ratio, num_images: -abs(ratio - 0.35))
+    table = calibrate(model, make_data(model), data_name="mine")
+    first, last = (keep for keep, _ in table.points[-1].thresholds)
+    assert first / last == pytest.approx(0.35)

@@ -1,9 +1,12 @@
 """Fills the table of operating points: runs thresholds on held-out images until the MACs of neighbouring ones lie close.
 
-`iret train` calls this at its end, `iret calibrate` on a model and data of yours.
+The thresholds of one table rise together by a fixed ratio from the first transition to the last; which ratio is found first,
+on fewer images. `iret train` calls this at its end, `iret calibrate` on a model and data of yours.
 """
 
 from itertools import pairwise
+
+import numpy as np
 
 from iret.evaluate import Score, Setting, evaluate
 from iret.model import Iret
@@ -11,8 +14,11 @@ from iret.runtime.cost import full_macs
 from iret.runtime.points import OperatingPoints, Point
 from iret.train.data import ImageData
 
-# Times uniform attention, the same at every transition: from "everything" to "little more than the floor".
-FIRST_RUNGS = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+# Times uniform attention, at the last transition: from "everything" to "little more than the floor".
+FIRST_RUNGS = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0)
+RATIOS = (1.0, 0.6, 0.35, 0.2)  # first threshold : last
+RATIO_IMAGES = 1000  # that the ratio is found on
+RATIO_BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.3)  # where ratios are compared
 LARGEST_GAP = 0.05  # of the full MACs, between neighbouring points
 SMALLEST_STEP = 0.01  # between thresholds
 
@@ -24,14 +30,17 @@ def calibrate(
 
     Where two neighbours differ by more than `LARGEST_GAP`, one between them is measured too. The point that keeps
     everything always stays, so that every budget up to 1 can be served.
+
+    Source: rising thresholds are those of Kim et al. 2022, "Learned Token Pruning for Transformers", which start proportional
+    to depth; the search is ours.
     """
+    few = min(RATIO_IMAGES, max_images or RATIO_IMAGES)
+    ratio = max(RATIOS, key=lambda each: _worth(model, data, each, few)) if len(model.transitions) > 1 else 1.0
     full = full_macs(model.shape)
     measured: dict[float, Score] = {}
     rungs: list[float] = list(FIRST_RUNGS)
     while rungs:
-        settings = [Setting(thresholds=_everywhere(model, rung)) for rung in rungs]
-        scores = evaluate(model, data, settings, max_images=max_images, workers=workers)
-        measured = dict(sorted({**measured, **dict(zip(rungs, scores, strict=True))}.items()))
+        measured = dict(sorted({**measured, **_measure(model, data, ratio, rungs, max_images, workers)}.items()))
         rungs = [
             (low + high) / 2
             for low, high in pairwise(measured)
@@ -43,7 +52,7 @@ def calibrate(
             continue
         points.append(
             Point(
-                thresholds=_everywhere(model, rung),
+                thresholds=_spread(model, rung, ratio),
                 accuracy=score.accuracy,
                 macs_mean=score.macs_mean,
                 macs_p95=score.macs_p95,
@@ -54,5 +63,22 @@ def calibrate(
     return OperatingPoints(data=data_name, num_images=num_images, full_macs=full, points=tuple(points))
 
 
-def _everywhere(model: Iret, threshold: float) -> tuple[tuple[float, float], ...]:
-    return ((threshold, threshold),) * len(model.transitions)
+def _measure(
+    model: Iret, data: ImageData, ratio: float, rungs: list[float], max_images: int | None, workers: int = 0
+) -> dict[float, Score]:
+    settings = [Setting(thresholds=_spread(model, rung, ratio)) for rung in rungs]
+    scores = evaluate(model, data, settings, max_images=max_images, workers=workers)
+    return dict(zip(rungs, scores, strict=True))
+
+
+def _worth(model: Iret, data: ImageData, ratio: float, num_images: int) -> float:
+    """Accuracy at this ratio, mean over `RATIO_BUDGETS`, interpolated between the first rungs."""
+    ladder = list(_measure(model, data, ratio, list(FIRST_RUNGS), num_images).values())[::-1]
+    shares = np.array([score.macs_mean for score in ladder]) / full_macs(model.shape)
+    return float(np.interp(RATIO_BUDGETS, shares, [score.accuracy for score in ladder]).mean())
+
+
+def _spread(model: Iret, rung: float, ratio: float) -> tuple[tuple[float, float], ...]:
+    """Thresholds that rise geometrically from `ratio` times `rung` to `rung`."""
+    each = rung * np.geomspace(ratio, 1.0, len(model.transitions))
+    return tuple((float(threshold), float(threshold)) for threshold in each)
