@@ -150,7 +150,9 @@ def test_one_bad_photo_does_not_cost_the_others_their_answers(tmp_path, capsys):
     photos = [str(tmp_path / "notes.jpg"), make_photo(tmp_path / "p.png")]
     assert cli.main(["predict", *photos, "--model", str(tmp_path / "m"), "--json"]) == 2
     said = capsys.readouterr()
-    assert [each["image"] for each in json.loads(said.out)["predictions"]] == photos[1:]
+    found = json.loads(said.out)
+    assert [each["image"] for each in found["predictions"]] == photos[1:]
+    assert [(each["image"], "is not an image" in each["error"]) for each in found["errors"]] == [(photos[0], True)]
     assert re.fullmatch(r"iret: .*notes\.jpg is not an image .*\n", said.err)
 
 
@@ -320,7 +322,7 @@ def mistake(tmp_path: Path, capsys, line: str) -> str:
         ("p.png --device hpu", "device 'hpu' cannot be used here"),
         ("p.png --device meta", "device 'meta' cannot be used here"),
         ("p.png --show nowhere/focus.png", "nowhere/focus.png"),
-        ("p.png --show focus.docs", r"unknown file extension: \.docs"),
+        ("p.png --show focus.docs", r"focus\.docs is no kind of picture that can be written; end its name in \.png"),
     ],
 )
 def test_a_mistake_in_predict_is_one_sentence(tmp_path, capsys, monkeypatch, line, message):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from iret.draw import DIM, MARGIN, OUTLINE, PANEL, draw_focus, draw_tradeoff, stack
+from iret.draw import DIM, MARGIN, OUTLINE, PANEL, VEIL, draw_focus, draw_tradeoff, stack
 from iret.model import Iret
 from iret.output import Trace
 from iret.runtime.cost import Shape
@@ -119,7 +119,7 @@ def test_the_first_panel_is_the_centre_of_the_photo_dark_where_it_was_dropped():
     wide.paste("blue", (PANEL, 0, 2 * PANEL, PANEL))  # the centre, which is all that the model gets
     first = panel(draw_focus(make_model(), wide, make_trace([ALL, ALL, set(range(8))], [])), 0)
     assert (first[: PANEL // 2] == (0, 0, 255)).all()
-    assert (first[PANEL // 2 :] == (0, 0, int(DIM * 255))).all()
+    assert (first[PANEL // 2 :] == (0, 0, int(VEIL * 255))).all()
 
 
 def test_the_first_panel_is_finer_than_what_the_model_saw():

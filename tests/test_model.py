@@ -629,6 +629,12 @@ def test_a_call_without_a_budget_refuses_what_a_run_refuses():
         make_model()._check_images(images[:0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_images_of_another_precision_are_refused(dtype):
+    with pytest.raises(ValueError, match="the model torch.float32; convert one, or use torch.autocast"):
+        make_model()(make_images().to(dtype))
+
+
 def test_a_model_without_classes_says_so_where_answers_are_asked_for():
     with pytest.raises(ValueError, match="has no classes to answer with; call forward_features"):
         make_model(num_classes=0).run(make_images())

@@ -106,7 +106,9 @@ def _add_threshold(parser) -> None:
 
 
 def _add_exit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--exit-confidence", type=float, help="answer at the first stage this sure, in [0, 1]")
+    parser.add_argument(
+        "--exit-confidence", type=float, help="answer at the first stage this sure, in [0, 1]; above 1 none is"
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

@@ -72,10 +72,16 @@ def _check_device(name: str) -> str:
     return name
 
 
-def _check_folder(path: str | None) -> None:
-    """Raises ValueError where a file cannot be written for want of a folder, before any work is lost."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
+def _check_picture(path: str | None) -> None:
+    """Raises ValueError for a picture that could not be written, before any work is lost."""
+    from PIL import Image
+
+    if path is None:
+        return
+    if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"{path} cannot be written: the folder {Path(path).parent} does not exist; make it first.")
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path} is no kind of picture that can be written; end its name in .png.")
 
 
 def _open_data(args: argparse.Namespace, split: str, model):
@@ -93,7 +99,7 @@ def _predict(args: argparse.Namespace) -> int:
     from iret.runtime.preprocess import open_image
     from iret.zoo import load
 
-    _check_folder(args.show)
+    _check_picture(args.show)
     model = load(args.model).to(_check_device(args.device))
     if args.threshold is not None:
         thresholds = read_thresholds(args.threshold)
@@ -107,7 +113,7 @@ def _predict(args: argparse.Namespace) -> int:
         except ValueError as error:
             if len(args.images) == 1:
                 raise
-            bad.append(str(error))  # the others are answered all the same
+            bad.append((path, str(error)))  # the others are answered all the same
             continue
         prediction, trace = predict(
             model, photo, thresholds=thresholds, exit_confidence=args.exit_confidence, name=path
@@ -115,17 +121,23 @@ def _predict(args: argparse.Namespace) -> int:
         predictions.append(prediction)
         if args.show:
             pictures.append(
-                draw_focus(model, photo, trace, f"{path}: {prediction.label}, {prediction.macs_share:.0%} MACs")
+                draw_focus(
+                    model,
+                    photo,
+                    trace,
+                    f"{Path(path).name}: {prediction.label}, {prediction.macs_share:.0%} of full MACs",
+                )
             )
     if pictures:
         stack(pictures).save(args.show)
     if args.json:
-        print(json.dumps({"model": args.model, "predictions": [asdict(p) for p in predictions]}))
+        errors = [{"image": path, "error": sentence} for path, sentence in bad]
+        print(json.dumps({"model": args.model, "predictions": [asdict(p) for p in predictions], "errors": errors}))
     elif predictions:
         _print_predictions(predictions)
         if pictures:
             say(f"drawn: {args.show}")
-    for sentence in bad:
+    for _, sentence in bad:
         _fail(sentence)
     return 2 if bad else 0
 
@@ -138,7 +150,7 @@ def _print_predictions(predictions) -> None:
                 p.image,
                 p.label,
                 f"{p.confidence:.1%}",
-                "/".join(map(str, p.kept)),
+                "/".join(str(kept) if stage < p.exit_stage else "-" for stage, kept in enumerate(p.kept)),
                 f"{p.macs / 1e6:.1f}",
                 f"{p.macs_share:.0%}",
                 f"{p.time_s * 1e3:.1f}",
@@ -218,6 +230,8 @@ def _eval(args: argparse.Namespace) -> int:
         return 0
     full = full_macs(model.shape)
     say(f"{args.model} on {args.data} ({data.split}), {scores[0].num_images} images, {scores[0].num_skipped} skipped")
+    if data.split == "val":
+        say("held-out images: if its operating points were found on them, this is no test")
     print_table(
         ("setting", "top-1", "heads", "MMACs", "p95", "of full", "patches a stage", "ms an image"),
         [

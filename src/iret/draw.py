@@ -13,7 +13,8 @@ from iret.runtime.preprocess import Source, open_image
 
 PANEL = 288  # pixels along the longer side of one panel
 MARGIN = 10
-DIM = 0.18  # brightness of dropped patches
+DIM = 0.18  # brightness of dropped patches in the panel of a stage
+VEIL = 0.4  # and over the photo
 OUTLINE = (255, 176, 0)  # amber: told apart from photos and by colour-blind eyes
 
 
@@ -32,12 +33,12 @@ def draw_focus(model: Iret, image: Source, trace: Trace, title: str = "") -> Ima
     stages = [stage for stage in range(len(model.stages)) if trace.kept[stage, 0].any()]
     kept, refined = (grid[:, 0].cpu().numpy() for grid in (trace.kept, trace.refined))
     last, ever = kept[stages[-1]], refined.any(0) & kept[stages[-1]]
-    panels = [_outlined(_shaded(_as_rgb(fine.fit(photo)), last), ever)]
-    captions = ["photo, dark where dropped"]
+    panels = [_outlined(_shaded(_as_rgb(fine.fit(photo)), last, VEIL), ever)]
+    captions = ["dark: dropped; amber: read in detail"]
     resolution = np.zeros(model.shape.grid, dtype=int)  # details seen so far, per patch
     for stage in stages:
         resolution += refined[stage]
-        view = _shaded(_as_read(seen, size, 2 ** (model.shape.levels - resolution)), kept[stage])
+        view = _shaded(_as_read(seen, size, 2 ** (model.shape.levels - resolution)), kept[stage], DIM)
         panels.append(_outlined(view.repeat(scale, 0).repeat(scale, 1), refined[stage]))
         num_kept, num_refined = int(kept[stage].sum()), int(refined[stage].sum())
         captions.append(f"stage {stage + 1}: {num_kept} of {kept[stage].size} patches, {num_refined} refined")
@@ -59,8 +60,8 @@ def _as_read(photo: np.ndarray, size: int, steps: np.ndarray) -> np.ndarray:
     return view
 
 
-def _shaded(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    light = np.where(kept, 1.0, DIM)
+def _shaded(pixels: np.ndarray, kept: np.ndarray, dim: float) -> np.ndarray:
+    light = np.where(kept, 1.0, dim)
     (rows, columns), sides = kept.shape, pixels.shape
     return (pixels * light.repeat(sides[0] // rows, 0).repeat(sides[1] // columns, 1)[..., None]).astype(np.uint8)
 
@@ -115,5 +116,5 @@ def draw_tradeoff(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     axes.set_title(title)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=150)

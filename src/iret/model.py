@@ -296,6 +296,10 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
                 f"images are {images.dtype} {tuple(images.shape)}; this model takes floating [B, "
                 f"{', '.join(map(str, wanted))}], B 1 or more. model.preprocess makes them from photos."
             )
+        if images.dtype != self.pos_embed.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(
+                f"images are {images.dtype}, the model {self.pos_embed.dtype}; convert one, or use torch.autocast."
+            )
         if torch.compiler.is_compiling():
             return  # reading a value would break the graph
         if not bool(torch.isfinite(images.sum(dtype=torch.promote_types(images.dtype, torch.float32)))):

@@ -72,7 +72,8 @@ class OperatingPoints:
         if budget < self.cheapest_budget:
             raise ValueError(
                 f"budget={budget:g} is below the cheapest operating point of this model, "
-                f"{self.cheapest_budget:.3f} of its MACs (thresholds {self.points[-1].thresholds})."
+                f"{self.cheapest_budget:.3f} of its MACs; ask for that or more, or give thresholds above "
+                f"{self.points[-1].thresholds}."
             )
         shares, flat = self._ladder
         above = int(np.searchsorted(shares, budget, side="right"))

@@ -238,10 +238,9 @@ class _Run:
                 if log and is_epoch_end:
                     full, dropped = self._evaluate()
                     log.write_accuracy(step, full, dropped)
-                    minutes = self.progress.time_s / 60
                     say(
-                        f"step {step + 1} of {self.num_steps} after {minutes:.0f} minutes: held-out top-1 {full:.1%}, "
-                        f"at threshold 1 {dropped:.1%}"
+                        f"step {step + 1} of {self.num_steps} after {self.progress.time_s:.0f} s: top-1 {full:.1%}, at "
+                        f"threshold 1 {dropped:.1%}, of {min(EVAL_IMAGES, len(self.held_out))} held-out images"
                     )
                 is_over = self._agree(stop.is_set or self._is_late(started))
                 if is_epoch_end or is_over or now - saved_at > 60 * self.options.checkpoint_minutes:
