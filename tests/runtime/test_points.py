@@ -53,7 +53,9 @@ def test_the_full_budget_keeps_everything_even_if_no_point_does():
 
 def test_a_budget_below_the_cheapest_point_names_it():
     assert table().cheapest_budget == 0.25
-    with pytest.raises(ValueError, match=r"budget=0.2 is below the cheapest .* 0.250 of its MACs; ask for .*\(2.0, 3.0\)"):
+    with pytest.raises(
+        ValueError, match=r"budget=0.2 is below the cheapest .* 0.250 of its MACs; ask for .*\(2.0, 3.0\)"
+    ):
         table().thresholds(0.2)
 
 
