@@ -647,6 +647,17 @@ def test_an_image_pays_for_choosing_only_if_its_own_thresholds_choose():
     assert together.macs[1] == model.run(images[1:], 0.9).macs[0]
 
 
+def test_equal_thresholds_refine_the_floor_whoever_else_is_in_the_batch():
+    model, images = make_model(), make_images(2)
+    strengths = torch.tensor(
+        [[[50.0, 50.0], [50.0, 50.0]], [[0.5, 1.0], [0.5, 1.0]]]
+    )  # the first keeps the floor alone
+    alone, together = model.run(images[:1], strengths[:1]), model.run(images, strengths)
+    assert torch.equal(together.trace.refined[:, 0], alone.trace.refined[:, 0])
+    assert alone.trace.refined[1].sum() == 4
+    torch.testing.assert_close(together.logits[:1], alone.logits, rtol=0, atol=ROUNDING)
+
+
 def test_coarse_alone_refines_nothing():
     out = make_model().run(make_images(), ((0.5, 1000.0), (0.5, 1000.0)))
     assert not out.trace.refined.any()

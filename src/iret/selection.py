@@ -95,12 +95,14 @@ def choose(
 ) -> Choice:
     """What is kept at strength `strengths[:, 0]`, at least `min_keep`, and refined at `strengths[:, 1]`, as large or larger.
 
-    `refines_all` says that they are equal, so that nobody has to look.
+    Where the two are equal, all that is kept is refined; `refines_all` says that they are for every image, which saves a look.
     """
     kept = keep(importance, strengths[:, 0], rule, min_keep)
     if refines_all:
         return Choice(kept, kept)
-    return Choice(kept, keep(importance, strengths[:, 1], rule, min_keep=0))
+    refined = keep(importance, strengths[:, 1], rule, min_keep=0)
+    is_same = strengths[:, 0] == strengths[:, 1]  # such an image refines its floor too, as it would alone
+    return Choice(kept, refined | (kept & is_same[:, None]))
 
 
 def select(tokens: Tokens, kept: Bool[Tensor, "B cells"], masked: bool = False) -> Tokens:
