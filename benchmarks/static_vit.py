@@ -6,14 +6,16 @@ The baseline that a model with a dial has to be held against: what would a stati
         --data DATA --minutes 100 --out results/...
 
 The width is the multiple of 4 (heads) that comes closest in MACs at the same depth; the schedule of the learning rate runs
-over the minutes given.
+over the minutes given, in as many legs as it takes.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -26,6 +28,7 @@ from iret import doctor
 from iret.model import Iret
 from iret.runtime.cost import Shape, full_macs
 from iret.train.augment import Augmenter
+from iret.train.checkpoint import FILE_NAME as STATE_NAME, Progress, load_state, save_state
 from iret.train.data import ImageData, make_loader, open_data
 from iret.train.loop import launch, make_optimizer
 from iret.train.loss import autocast, soft_cross_entropy
@@ -80,18 +83,25 @@ def learning_rate(recipe: Recipe, step: int, warmup_steps: float, share_of_time:
     return recipe.lr * min(1.0, (step + 1) / warmup_steps) * cosine
 
 
-def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data: ImageData, limit_s: float):
-    """Train for `limit_s` seconds; returns the running mean of the weights and (step, share of time, loss) of every 20th step."""
-    augment = Augmenter(recipe, carrier)
+def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data: ImageData, args: argparse.Namespace):
+    """Train for `args.minutes` in all; returns the running mean of the weights and how far it is.
+
+    A leg that ends early (`--stop-after`) or is cut off goes on from its last saved state.
+    """
+    augment, out = Augmenter(recipe, carrier), args.out
     model = fabric.to_device(model)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = make_optimizer(recipe, model)
-    ema = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema_decay)
-    )
+    progress = Progress(num_processes=fabric.world_size, machine=doctor.processor_name())
+    if (out / STATE_NAME).exists():
+        progress = load_state(out, model, ema, optimizer, recipe, 0)
+    elif fabric.is_global_zero:
+        (out / "samples.csv").write_text("step,share_of_time,loss\n")
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
-    warmup_steps = recipe.warmup_epochs * len(data) / recipe.batch_size
-    started, step, epoch, losses = time.monotonic(), 0, 0, []
+    warmup_steps, steps_per_epoch = recipe.warmup_epochs * len(data) / recipe.batch_size, len(data) // recipe.batch_size
+    leg_started, time_before, saved_at = time.monotonic(), progress.time_s, time.monotonic()
     while True:
+        epoch, start = divmod(progress.step, steps_per_epoch)
         for pixels, labels, _ in make_loader(
             data,
             recipe.batch_size,
@@ -99,11 +109,19 @@ def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data:
             epoch=epoch,
             shuffle=True,
             share=(fabric.global_rank, fabric.world_size),
+            start_batch=start,
             drop_last=True,
         ):
-            share = fabric.broadcast((time.monotonic() - started) / limit_s)  # all processes stop at the same step
-            if share >= 1:
-                return ema.module, step, losses
+            # the first process's clock: all stop at the same step
+            leg_s = fabric.broadcast(time.monotonic() - leg_started)
+            progress = replace(progress, time_s=time_before + leg_s)
+            share, step = progress.time_s / (60 * args.minutes), progress.step
+            is_over = share >= 1 or (args.stop_after is not None and leg_s > 60 * args.stop_after)
+            if fabric.is_global_zero and (is_over or time.monotonic() - saved_at > 120):
+                save_state(out, model, ema, optimizer, recipe, progress)
+                saved_at = time.monotonic()
+            if is_over:
+                return ema, progress
             torch.manual_seed(step * fabric.world_size + fabric.global_rank)
             images, targets = augment(*fabric.to_device((pixels, labels)))
             for group in optimizer.param_groups:
@@ -115,11 +133,13 @@ def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data:
             fabric.clip_gradients(wrapped, wrapped_optimizer, max_norm=recipe.clip_norm)
             wrapped_optimizer.step()
             optimizer.zero_grad()
-            ema.update_parameters(model)
-            if step % 20 == 0:
-                losses.append((step, share, float(loss.detach())))
-            step += 1
-        epoch += 1
+            decay = min(recipe.ema_decay, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            if fabric.is_global_zero and step % 20 == 0:
+                with (out / "samples.csv").open("a") as file:
+                    file.write(f"{step},{share:.5f},{float(loss.detach()):.5f}\n")
+            progress = replace(progress, step=step + 1)
 
 
 def main() -> None:
@@ -127,6 +147,9 @@ def main() -> None:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--minutes", type=float, required=True, help="training time, the time the other model took")
+    parser.add_argument(
+        "--stop-after", type=float, metavar="MINUTES", help="end this leg early; the same command goes on"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -137,10 +160,16 @@ def main() -> None:
     data = open_data(args.data, "train", carrier.preprocessing)
     carrier.reset_classifier(data.num_classes)
     model, macs = build(carrier.shape, recipe.drop_path_rate)
-    trained, steps, losses = train(fabric, recipe, model, carrier, data, 60 * args.minutes)
+    args.out.mkdir(parents=True, exist_ok=True)
+    trained, progress = train(fabric, recipe, model, carrier, data, args)
     if not fabric.is_global_zero:
         return
-    args.out.mkdir(parents=True, exist_ok=True)
+    if progress.time_s < 60 * args.minutes:
+        print(
+            f"{progress.time_s / 60:.1f} of {args.minutes:g} minutes after {progress.step} steps; the same command goes on"
+        )
+        return
+    steps = progress.step
     write_weights(args.out / "model.safetensors", dict(trained.state_dict()))
     result = {
         "recipe": recipe.name,
@@ -155,8 +184,6 @@ def main() -> None:
     }
     (args.out / "recipe.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "env.json").write_text(json.dumps(doctor.report(), indent=1) + "\n")
-    rows = [f"{step},{share:.5f},{loss:.5f}" for step, share, loss in losses]
-    (args.out / "samples.csv").write_text("\n".join(["step,share_of_time,loss", *rows, ""]))
     print(json.dumps(result, indent=1))
 
 

@@ -1,5 +1,7 @@
 """The objective against torch's own losses, written out term by term."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from iret.model import Iret
 from iret.runtime.cost import Shape
 from iret.train.loss import Objective, autocast, distill, draw_thresholds, soft_cross_entropy
-from iret.train.recipe import Recipe
+from iret.train.recipe import Recipe, find_recipe
 
 ROUNDING = 1e-5  # float32, losses of a few units
 
@@ -71,10 +73,12 @@ def test_no_gradient_reaches_the_teacher():
 
 # ---- thresholds
 
+DRAWN = replace(find_recipe("digits_nano"), max_threshold=1.5)
+
 
 @pytest.mark.parametrize("keep_all", [0.0, 0.3, 1.0])
 def test_a_share_of_images_keeps_all_and_a_fifth_is_cut_most(keep_all):
-    drawn = draw_thresholds(20_000, 3, 1.5, torch.Generator().manual_seed(0), keep_all)
+    drawn = draw_thresholds(20_000, 3, DRAWN, torch.Generator().manual_seed(0), keep_all)
     assert drawn.shape == (20_000, 3)
     assert drawn.min() >= 0
     assert drawn.max() == (0 if keep_all == 1 else 1.5)
@@ -89,17 +93,37 @@ def test_a_share_of_images_keeps_all_and_a_fifth_is_cut_most(keep_all):
 
 
 def test_thresholds_of_one_image_differ_by_their_jitter_alone():
-    drawn = draw_thresholds(1000, 3, 2.0, torch.Generator().manual_seed(0))
+    drawn = draw_thresholds(1000, 3, DRAWN, torch.Generator().manual_seed(0))
     ratio = drawn.amax(1) / drawn.amin(1)
     assert 1.15 < ratio.max() <= 1.1 / 0.9 + 1e-6  # float32
     assert ratio.min() < 1.01
 
 
+def test_thresholds_rise_with_depth_by_a_ratio_of_the_image():
+    rising = replace(DRAWN, smallest_ratio=0.2)
+    drawn = draw_thresholds(20_000, 3, rising, torch.Generator().manual_seed(0))
+    first, second = drawn[:, 0] / drawn[:, 2], drawn[:, 1] / drawn[:, 2]
+    jitter = 1.1 / 0.9
+    assert first.min() >= 0.2 / jitter
+    assert first.max() <= jitter
+    assert first.mean().item() == pytest.approx(0.6, abs=0.01)  # uniform between 0.2 and 1
+    assert (
+        (second / first.sqrt()).log().abs() <= torch.tensor(jitter).log() * 1.5 + 1e-6
+    ).all()  # geometric but for the jitter
+
+
+def test_a_power_moves_levels_to_small_thresholds():
+    level = (
+        draw_thresholds(20_000, 2, replace(DRAWN, threshold_power=2.0), torch.Generator().manual_seed(0)).mean(1) / 1.5
+    )
+    assert (level < 0.25).float().mean().item() == pytest.approx(0.4, abs=0.015)  # half of the four fifths
+
+
 def test_thresholds_follow_their_generator_and_nothing_else():
     torch.manual_seed(0)
-    first = draw_thresholds(5, 2, 1.5, torch.Generator().manual_seed(3))
+    first = draw_thresholds(5, 2, DRAWN, torch.Generator().manual_seed(3))
     torch.manual_seed(1)
-    again, other = (draw_thresholds(5, 2, 1.5, torch.Generator().manual_seed(seed)) for seed in (3, 4))
+    again, other = (draw_thresholds(5, 2, DRAWN, torch.Generator().manual_seed(seed)) for seed in (3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 

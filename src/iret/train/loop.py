@@ -290,7 +290,7 @@ class _Run:
             drawn = draw_thresholds(
                 recipe.batch_size,
                 self.model.shape.levels,
-                recipe.max_threshold,
+                recipe,
                 torch.Generator().manual_seed(_seed_of(self.options.seed, step, -1)),
                 keep_all=0.3 if is_sampled else 0.0,
             )

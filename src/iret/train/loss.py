@@ -30,14 +30,27 @@ def distill(student: Float[Tensor, "B classes"], teacher: Float[Tensor, "B class
 
 
 def draw_thresholds(
-    batch: int, transitions: int, largest: float, generator: torch.Generator, keep_all: float = 0.0
+    batch: int,
+    transitions: int,
+    recipe: Recipe,
+    generator: torch.Generator,
+    keep_all: float = 0.0,
 ) -> Float[Tensor, "batch transitions"]:
-    """Per image: a share `keep_all` at 0, a fifth at `largest`, the rest uniform below; 10 % jitter per transition."""
-    level = torch.rand(batch, 1, generator=generator)
+    """Per image: a share `keep_all` at 0, a fifth at `recipe.max_threshold`, the rest below; 10 % jitter per transition.
+
+    Below the largest, levels are uniform to the power `recipe.threshold_power`. Thresholds rise geometrically with depth, from
+    a share drawn uniformly between `recipe.smallest_ratio` and 1.
+    """
+    level = torch.rand(batch, 1, generator=generator) ** recipe.threshold_power
     kind = torch.rand(batch, 1, generator=generator)
     jitter = 1 + 0.1 * (2 * torch.rand(batch, transitions, generator=generator) - 1)
-    drawn = torch.where(kind < keep_all, 0.0, torch.where(kind > 0.8, 1.0, level)) * largest
-    return (drawn * jitter).clamp(max=largest)
+    drawn = torch.where(kind < keep_all, 0.0, torch.where(kind > 0.8, 1.0, level)) * recipe.max_threshold
+    if recipe.smallest_ratio < 1:
+        ratio = torch.lerp(
+            torch.tensor(recipe.smallest_ratio), torch.tensor(1.0), torch.rand(batch, 1, generator=generator)
+        )
+        drawn = drawn * ratio ** torch.linspace(1, 0, transitions)
+    return (drawn * jitter).clamp(max=recipe.max_threshold)
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -42,6 +42,10 @@ class Recipe:
     full_until: float = 0.3
     sampled_until: float = 0.3
     max_threshold: float = 1.5
+    threshold_power: float = 1.0  # above 1: more images at small thresholds, where most of the MACs are decided
+    smallest_ratio: float = (
+        1.0  # first threshold : last, drawn between this and 1; `calibrate` finds the one that serves best
+    )
     # loss
     stage_weights: tuple[float, ...] = (0.3, 0.5)  # of the heads before the last
     lifting_weight: float = 0.02
@@ -109,7 +113,7 @@ def cifar10_pico_cpu() -> Recipe:
     return Recipe(
         name="cifar10_pico_cpu",
         model="iret_pico",
-        epochs=7.0,
+        epochs=15.0,
         batch_size=64,
         lr=1e-3,
         warmup_epochs=0.5,
@@ -117,9 +121,11 @@ def cifar10_pico_cpu() -> Recipe:
         drop_path_rate=0.0,
         precision="32-true",  # bf16 is slower on a CPU that has no instructions for it
         crop_padding=4,
-        full_until=0.05,
-        sampled_until=0.85,
+        full_until=0.6,  # late: the full model learns slowly from images that are half dropped
+        sampled_until=0.6,
         max_threshold=1.5,
+        threshold_power=2.0,
+        smallest_ratio=0.2,
     )
 
 
