@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from iret.attention import _attend_padded, attend, class_row, column_mean
+from iret import attention
+from iret.attention import (
+    attend,
+    attend_buckets,
+    attend_each,
+    attend_padded,
+    attend_varlen,
+    choose_backend,
+    class_row,
+    column_mean,
+)
 from iret.tokens import Tokens, pack
 
 COUNTS = (5, 2, 7)  # tokens of three images, the class token included
@@ -63,13 +73,65 @@ def test_an_even_batch_may_also_be_treated_as_ragged(sizes):
     torch.testing.assert_close(got, attend(q, k, v, tokens), rtol=0, atol=2e-6)  # float32, sums of 4
 
 
+@pytest.mark.parametrize("backend", [attend_each, attend_buckets])
+@pytest.mark.parametrize("counts", [COUNTS, (3, 5, 3, 1, 5), (4, 4), (0, 3)])
 @pytest.mark.parametrize("sizes", ["ones", "merged", "masked"])
-def test_the_back_end_for_accelerators_equals_the_one_for_processors(sizes):
-    tokens = make_tokens(COUNTS, sizes)
+def test_every_back_end_equals_the_padded_reference(backend, counts, sizes):
+    tokens = make_tokens(counts, sizes)
     q, k, v = random_qkv(tokens)
     bias_T = None if tokens.size_T is None else tokens.size_T.log()
-    padded = _attend_padded(q, k, v, tokens.starts, bias_T)
-    torch.testing.assert_close(padded, attend(q, k, v, tokens), rtol=0, atol=2e-6)  # float32, 7 terms
+    width = max(counts)
+    padded = attend_padded(q, k, v, tokens.starts, width, bias_T)
+    torch.testing.assert_close(backend(q, k, v, tokens.starts, width, bias_T), padded, rtol=0, atol=2e-6)  # 7 terms
+
+
+def test_varlen_is_called_as_torch_documents_it(monkeypatch):
+    """A stand-in with the signature of `torch.nn.attention.varlen.varlen_attn`, which runs on CUDA alone."""
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, num_splits=None):
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        assert max_q == max_k == int(cu_seq_q.diff().max())
+        assert num_splits in (1, None)
+        return written_out(query, key, value, replace(tokens, starts=cu_seq_q.long())).float()
+
+    tokens = make_tokens()
+    q, k, v = random_qkv(tokens)
+    monkeypatch.setattr(attention, "_varlen_attn", varlen_attn)
+    got = attend_varlen(q, k, v, tokens.starts, tokens.width, None)
+    torch.testing.assert_close(got, attend_padded(q, k, v, tokens.starts, tokens.width, None), rtol=0, atol=2e-6)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_varlen_equals_the_padded_reference_on_cuda(dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA: flash attention of ragged batches runs nowhere else")
+    torch.manual_seed(0)
+    starts = torch.tensor([0, 5, 70, 71, 268], device="cuda")
+    q, k, v = (torch.randn(268, 6, 64, device="cuda", dtype=dtype) for _ in range(3))
+    got = attend_varlen(q, k, v, starts, 197, None)
+    torch.testing.assert_close(got, attend_padded(q, k, v, starts, 197, None), rtol=0.02, atol=0.02)  # half precision
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "has_bias", "wanted"),
+    [
+        ("cpu", torch.float32, False, attend_each),
+        ("cpu", torch.bfloat16, True, attend_each),
+        ("cuda", torch.bfloat16, False, attend_varlen),
+        ("cuda", torch.bfloat16, True, attend_padded),
+        ("cuda", torch.float32, False, attend_padded),
+        ("mps", torch.float16, False, attend_padded),
+    ],
+)
+def test_the_back_end_is_the_fastest_that_can(monkeypatch, device, dtype, has_bias, wanted):
+    monkeypatch.setattr(attention, "_varlen_attn", print)
+    assert choose_backend(device, dtype, has_bias) is wanted
+
+
+def test_without_varlen_cuda_pads(monkeypatch):
+    monkeypatch.setattr(attention, "_varlen_attn", None)
+    assert choose_backend("cuda", torch.bfloat16, False) is attend_padded
 
 
 def test_a_dense_batch_equals_its_packed_form():
@@ -123,7 +185,7 @@ def test_the_packed_gradient_is_the_numerical_one(bias):
     q, k, v = (torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     starts = torch.tensor([0, 3, 5])
     bias_T = None if bias is None else torch.tensor(bias, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *x: torch.ops.iret.attend(*x, starts, bias_T), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: torch.ops.iret.attend(*x, starts, 3, bias_T), (q, k, v))
 
 
 @pytest.mark.parametrize("sizes", ["ones", "merged", "masked"])
@@ -166,7 +228,7 @@ def test_the_operator_keeps_torch_s_contract(bias):
     torch.manual_seed(0)
     q, k, v = (torch.randn(5, 2, 4, requires_grad=True) for _ in range(3))
     bias_T = None if bias is None else torch.tensor(bias)
-    torch.library.opcheck(torch.ops.iret.attend, (q, k, v, torch.tensor([0, 3, 5]), bias_T))
+    torch.library.opcheck(torch.ops.iret.attend, (q, k, v, torch.tensor([0, 3, 5]), 3, bias_T))
 
 
 # ---- importance

@@ -3,7 +3,9 @@
 The labels are the model's own answers with everything kept, so dropping costs accuracy as it does on a trained model.
 """
 
+import contextlib
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +13,11 @@ import torch
 from PIL import Image
 
 from iret import calibrate as calibrate_module
-from iret.calibrate import RATIOS, calibrate
-from iret.evaluate import Setting, evaluate
+from iret.calibrate import FIRST_TRIALS, LEAST_CONFIDENCE, NUM_PLANS, Course, Memory, calibrate, fingerprint
+from iret.evaluate import evaluate
 from iret.model import Iret
-from iret.runtime.cost import Shape, full_macs
-from iret.runtime.points import OperatingPoints
+from iret.runtime.cost import Shape, full_macs, plan_macs
+from iret.runtime.points import OperatingPoints, Setting
 from iret.train.data import ImageData
 
 NUM_IMAGES = 48
@@ -87,7 +89,7 @@ def test_a_measured_point_is_served_exactly_on_the_same_images():
     data = make_data(model)
     table = calibrate(model, data, data_name="mine")
     measured = table.points[1:]  # the first is the budget of 1
-    settings = [Setting(thresholds=table.thresholds(share)) for share in shares(table)[1:]]
+    settings = [table.setting(share) for share in shares(table)[1:]]
     for point, score in zip(measured, evaluate(model, data, settings), strict=True):
         for part in ("accuracy", "macs_mean", "macs_p95", "kept_mean"):
             assert asdict(score)[part] == asdict(point)[part], part
@@ -99,7 +101,7 @@ def test_budgets_between_points_are_met_on_the_same_images():
     table = calibrate(model, data, data_name="mine")
     budgets = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
     assert table.cheapest_budget < min(budgets)
-    scores = evaluate(model, data, [Setting(thresholds=table.thresholds(budget)) for budget in budgets])
+    scores = evaluate(model, data, [table.setting(budget) for budget in budgets])
     served = [score.macs_mean / table.full_macs for score in scores]
     assert served == pytest.approx(budgets, abs=0.05)  # cost is not linear in the threshold
 
@@ -112,20 +114,146 @@ def test_a_budget_is_not_overspent_where_a_hair_of_threshold_drops_nearly_everyt
     data = make_data(model)
     table = calibrate(model, data, data_name="mine")
     assert table.cheapest_budget < 0.5
-    (score,) = evaluate(model, data, [Setting(thresholds=table.thresholds(0.5))])
+    (score,) = evaluate(model, data, [table.setting(0.5)])
     assert score.macs_mean / table.full_macs < 0.55
 
 
-def test_thresholds_rise_by_one_ratio_from_the_first_transition_to_the_last():
-    model = make_model()
-    table = calibrate(model, make_data(model), data_name="mine")
-    ratios = {round(point.thresholds[0][0] / point.thresholds[1][0], 6) for point in table.points[1:]}
-    assert len(ratios) == 1 and ratios.pop() in RATIOS
+# ---- the course
 
 
-def test_the_ratio_is_the_one_that_keeps_most_accuracy(monkeypatch):
+def test_thresholds_rise_geometrically_and_refine_follows_keep():
+    course = Course(ratio=0.25, refine=2.0)
+    assert course.thresholds(2.0, 3) == (
+        pytest.approx((0.5, 1.0)),
+        pytest.approx((1.0, 2.0)),
+        pytest.approx((2.0, 4.0)),
+    )
+    assert course.thresholds(2.0, 1) == (pytest.approx((0.5, 1.0)),)
+    assert course.thresholds(0.0, 2) == ((0.0, 0.0), (0.0, 0.0))
+
+
+def test_the_exit_confidence_falls_from_one_to_its_floor():
+    course = Course(ratio=1.0, refine=1.0, slope=0.2)
+    assert course.exit_confidence(0.0) is None
+    assert course.exit_confidence(1.5) == pytest.approx(0.7)
+    assert course.exit_confidence(50.0) == LEAST_CONFIDENCE
+    assert Course(ratio=1.0, refine=1.0).exit_confidence(2.0) is None
+
+
+def test_the_search_keeps_the_course_that_is_worth_most(monkeypatch):
+    """Worth made up: the ratio of a ladder's thresholds near 0.35 is best, and an exit confidence costs."""
+
+    def worth(self, points):
+        (first, _), (last, _) = points[1].thresholds
+        return -abs(first / last - 0.35) - (points[1].exit_confidence is not None)
+
+    monkeypatch.setattr(calibrate_module._Meter, "worth", worth)
     model = make_model()
-    monkeypatch.setattr(calibrate_module, "_worth", lambda model, data, ratio, num_images: -abs(ratio - 0.35))
-    table = calibrate(model, make_data(model), data_name="mine")
-    first, last = (keep for keep, _ in table.points[-1].thresholds)
-    assert first / last == pytest.approx(0.35)
+    table = calibrate(model, make_data(model), data_name="mine", max_images=8, trials=8)
+    cheapest = table.points[-1]
+    assert cheapest.thresholds[0][0] / cheapest.thresholds[1][0] == pytest.approx(0.35)
+    assert cheapest.exit_confidence is None
+
+
+def test_trials_after_the_first_are_drawn_and_the_same_every_time():
+    model = make_model()
+    said: list[list[str]] = [[], []]
+    for lines in said:
+        calibrate(model, make_data(model), data_name="", max_images=8, trials=6, say=lines.append)
+    assert said[0] == said[1]
+    ratios = [line.split("ratio ")[1].split(",")[0] for line in said[0] if line.startswith("trial")]
+    assert len(ratios) == 6
+    assert len(set(ratios)) > len(FIRST_TRIALS)
+
+
+@pytest.mark.parametrize("wrong", [{"trials": 0}, {"max_images": 0}])
+def test_counts_below_one_are_refused(wrong):
+    model = make_model()
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        calibrate(model, make_data(model), data_name="", **wrong)
+
+
+# ---- exits, from runs without them
+
+
+@pytest.mark.parametrize("confidence", [0.45, 0.6, 0.9, None])
+def test_what_an_exit_would_have_given_is_what_it_gives(confidence):
+    model = make_model()
+    data = make_data(model)
+    meter = calibrate_module._Meter(model, data, NUM_IMAGES, 0)
+    slope = 0.0 if confidence is None else 1 - confidence
+    (point,) = meter.points(Memory(), Course(1.0, 1.5), 1.0, (slope,), NUM_IMAGES)
+    assert point.exit_confidence == (None if confidence is None else pytest.approx(confidence))
+    setting = Setting(thresholds=point.thresholds, exit_confidence=point.exit_confidence)
+    (score,) = evaluate(model, data, [setting])
+    for part in ("accuracy", "macs_mean", "macs_p95", "kept_mean"):
+        assert asdict(score)[part] == asdict(point)[part], part
+
+
+def test_plans_are_what_a_spread_of_the_images_did():
+    model = make_model()
+    data = make_data(model)
+    table = calibrate(model, data, data_name="")
+    for point in table.points:
+        assert len(point.plans) == NUM_PLANS
+        costs = [plan_macs(model.shape, p.kept, p.refined, scored=bool(np.any(point.thresholds))) for p in point.plans]
+        assert costs == sorted(costs)
+        assert np.mean(costs) == pytest.approx(point.macs_mean, rel=0.05)  # 12 of 48 images
+
+
+def test_a_replay_does_the_work_of_its_plan(monkeypatch):
+    model = make_model()
+    table = calibrate(model, make_data(model), data_name="")
+    image = torch.randn(1, 3, 32, 48)
+    asked: list[tuple[tuple, dict]] = []
+    note = lambda *args, **kinds: asked.append((args, kinds)) or SimpleNamespace(logits=None)  # noqa: E731
+    for point in table.points:
+        scored = bool(np.any(point.thresholds))
+        for plan in point.plans:
+            asked.clear()
+            with monkeypatch.context() as patched:
+                patched.setattr(model, "look", note)
+                patched.setattr(model, "run", note)
+                with contextlib.suppress(TypeError):  # jaxtyping: nothing comes back from `note`
+                    model.replay(image, [plan], point)
+            ((args, kinds),) = asked
+            out = model.run(*args, **kinds)
+            assert tuple(out.trace.kept.sum((1, 2, 3)).tolist())[: plan.stages_run] == plan.kept
+            assert int(out.trace.exit_stage) == plan.stages_run - 1
+            assert int(out.macs) == plan_macs(model.shape, plan.kept, plan.refined, scored=scored)
+
+
+# ---- memory
+
+
+def test_a_search_that_goes_on_runs_nothing_twice(tmp_path, monkeypatch):
+    model, file = make_model(), tmp_path / "search.jsonl"
+    data = make_data(model)
+    table = calibrate(model, data, data_name="mine", memory_path=file)
+    whole = file.read_text()
+    monkeypatch.setattr(calibrate_module._Meter, "_run", lambda *args: pytest.fail("an image was run again"))
+    assert calibrate(model, data, data_name="mine", memory_path=file) == table
+    assert file.read_text() == whole
+
+
+@pytest.mark.parametrize("cut", [0.1, 0.5, 0.9, 0.999])
+def test_a_search_whose_file_was_cut_off_ends_at_the_same_table(tmp_path, cut):
+    model, file = make_model(), tmp_path / "search.jsonl"
+    data = make_data(model)
+    table = calibrate(model, data, data_name="mine", memory_path=file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(cut * len(whole))])
+    assert calibrate(model, data, data_name="mine", memory_path=file) == table
+    assert file.read_bytes() == whole
+
+
+def test_the_memory_of_another_model_or_data_is_not_believed(tmp_path):
+    model, file = make_model(), tmp_path / "search.jsonl"
+    data = make_data(model)
+    calibrate(model, data, data_name="mine", max_images=8, memory_path=file)
+    other = make_model()
+    other.patch_embed.weight.data += 0.3
+    names = {fingerprint(model, "mine", 8), fingerprint(model, "yours", 8), fingerprint(model, "mine", 9)}
+    assert len(names | {fingerprint(other, "mine", 8)}) == 4
+    found = calibrate(other, data, data_name="mine", max_images=8, memory_path=file)
+    assert found == calibrate(other, data, data_name="mine", max_images=8)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import iret
-from iret.evaluate import Setting, evaluate
+from iret.evaluate import evaluate
 from iret.presets import CHECKPOINTS, list_checkpoints
+from iret.runtime.points import Setting
 from iret.train.data import open_data
 
 DIGITS = "iret_nano-cluttered-digits"
@@ -48,7 +49,7 @@ def test_the_card_of_a_shipped_model_has_attention_ahead_of_chance(name: str) ->
 def test_half_the_macs_cost_the_digits_model_at_most_half_a_point() -> None:
     model = iret.load(DIGITS)
     data = open_data("cluttered-digits", "test", model.preprocessing)
-    full, half = evaluate(model, data, [Setting(), Setting(thresholds=model.thresholds(0.5))])
+    full, half = evaluate(model, data, [Setting(), model.setting(0.5)])
     assert full.num_images == 2000 and half.accuracy >= full.accuracy - 0.005
 
 
@@ -78,9 +79,7 @@ def test_a_budget_on_digits_is_met_in_the_mean() -> None:
     model = iret.load(DIGITS)
     data = open_data("cluttered-digits", "test", model.preprocessing)
     budgets = (0.75, 0.5, 0.35)
-    scores = evaluate(
-        model, data, [Setting(thresholds=model.thresholds(budget)) for budget in budgets], max_images=NUM_IMAGES
-    )
+    scores = evaluate(model, data, [model.setting(budget) for budget in budgets], max_images=NUM_IMAGES)
     assert model.points is not None
     for budget, score in zip(budgets, scores, strict=True):
         # 400 images: the mean of their MACs scatters by about a hundredth of itself

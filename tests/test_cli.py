@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 
 import iret
-from iret import cli
+from iret import cli, clock
+from iret.doctor import describe_device
 from iret.model import Iret
 from iret.runtime.cost import full_macs
 from iret.runtime.points import OperatingPoints, Point
 from iret.train import recipe as recipes
+from iret.verbs import console
 
-VERBS = ["predict", "train", "eval", "calibrate", "card", "demo", "list", "doctor"]
+VERBS = ["predict", "train", "eval", "calibrate", "bench", "simulate", "card", "demo", "list", "doctor"]
 
 
 def make_model(folder: Path, has_points: bool = True) -> Iret:
@@ -199,21 +201,64 @@ def test_eval_in_json_holds_the_scores_of_the_settings(tmp_path, capsys):
     assert score["macs_mean"] < full_macs(model.shape)
 
 
-def test_calibrate_writes_the_points_that_it_says(tmp_path, capsys):
+@pytest.fixture
+def quick(monkeypatch):
+    """The fewest rounds that a clock takes."""
+    monkeypatch.setattr(clock, "TIME_LIMIT_S", 0.0)
+
+
+def test_calibrate_writes_the_points_that_it_says(tmp_path, capsys, quick):
     make_model(tmp_path / "m", has_points=False)
     data = make_data(tmp_path / "d")
-    assert cli.main(["calibrate", str(tmp_path / "m"), "--data", data, "--max-images", "5", "--json"]) == 0
+    line = ["calibrate", str(tmp_path / "m"), "--data", data, "--max-images", "5", "--trials", "2"]
+    assert cli.main([*line, "--json"]) == 0
     found = the_object(capsys)
     assert (found["data"], found["num_images"]) == ("d", 5)
     points = Iret.from_folder(tmp_path / "m").points
     assert [point.macs_mean for point in points.points] == [point["macs_mean"] for point in found["points"]]
-    (tmp_path / "elsewhere").mkdir()
-    line = ["calibrate", str(tmp_path / "m"), "--data", data, "--max-images", "5", "--out", str(tmp_path / "elsewhere")]
-    assert cli.main(line) == 0
+    assert [table.device for table in points.devices] == [describe_device(torch.device("cpu"), "float32")]
+    assert cli.main([*line, "--out", str(tmp_path / "elsewhere"), "--show", str(tmp_path / "search.png")]) == 0
     said = capsys.readouterr()
     assert said.out == ""
-    assert len(said.err.splitlines()) == 1 + len(points.points) + 1
-    assert OperatingPoints.read(tmp_path / "elsewhere") == points
+    rows = [
+        row for row in said.err.splitlines() if row.startswith(("0 0 ", "0.")) or re.match(r"[\d.:]+ [\d.:]+  ", row)
+    ]
+    assert len(rows) == len(points.points)
+    assert "joules estimated" in said.err
+    copy = Iret.from_folder(tmp_path / "elsewhere")  # a whole model: the first was not touched
+    assert copy.points.points == points.points
+    assert (tmp_path / "search.png").stat().st_size > 1000
+
+
+def test_the_clock_of_another_device_is_measured_without_data(tmp_path, capsys, quick):
+    make_model(tmp_path / "m", has_points=False)
+    line = ["calibrate", str(tmp_path / "m")]
+    assert cli.main([*line, "--data", make_data(tmp_path / "d"), "--max-images", "5", "--trials", "1"]) == 0
+    before = OperatingPoints.read(tmp_path / "m")
+    assert cli.main([*line, "--device-only", "--precision", "bfloat16"]) == 0
+    after = OperatingPoints.read(tmp_path / "m")
+    assert after.points == before.points
+    assert [table.device.rpartition(", ")[2] for table in after.devices] == ["float32", "bfloat16"]
+    photo = make_photo(tmp_path / "p.png")
+    capsys.readouterr()
+    assert cli.main(["predict", photo, "--model", str(tmp_path / "m"), "--ms", "1000", "--json"]) == 0
+    assert the_object(capsys)["predictions"][0]["macs_share"] > 0.99
+    assert cli.main(["predict", photo, "--model", str(tmp_path / "m"), "--precision", "int8", "--ms", "1000"]) == 2
+    assert "no clock was measured on this device" in capsys.readouterr().err
+
+
+def test_bench_times_every_model_batch_and_budget(tmp_path, capsys):
+    make_model(tmp_path / "m", has_points=False)
+    line = ["bench", str(tmp_path / "m"), "--budgets", "0.5", "0.4", "--batch", "1", "3", "--rounds", "5"]
+    assert cli.main([*line, "--out", str(tmp_path / "kept"), "--json"]) == 0
+    rows = the_object(capsys)["rows"]
+    assert [(row["batch"], row["budget"]) for row in rows] == [(b, s) for b in (1, 3) for s in (1.0, 0.5, 0.4)]
+    kept = json.loads((tmp_path / "kept" / "bench.json").read_text())
+    assert kept["rows"] == rows
+    assert kept["command"].startswith("iret bench")
+    assert len((tmp_path / "kept" / "samples.csv").read_text().splitlines()) == 1 + 5 * len(rows)
+    assert cli.main(line) == 0
+    assert "joules estimated" in capsys.readouterr().err
 
 
 def test_card_writes_the_card_beside_the_weights(tmp_path, capsys):
@@ -268,11 +313,11 @@ def test_demo_draws_where_it_is_told(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr("iret.demo.run_demo", lambda *args: called.append(args) or 0)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 0
-    assert called == [(tmp_path, cli.say, cli.print_table)]
+    assert called == [(tmp_path, console.say, console.print_table)]
 
 
 def test_a_table_is_aligned(capsys):
-    cli.print_table(("name", "x"), [("a", "100"), ("longer", "2")])
+    console.print_table(("name", "x"), [("a", "100"), ("longer", "2")])
     assert capsys.readouterr().err.splitlines() == ["name      x", "a       100", "longer    2"]
 
 
@@ -315,6 +360,8 @@ def mistake(tmp_path: Path, capsys, line: str) -> str:
         ("p.png --budget 1.5", r"budget=1.5 is outside \(0, 1\]"),
         ("p.png --budget 0.1", "budget=0.1 is below the cheapest operating point of this model, 0.250"),
         ("p.png --budget 0.5 --model bare", "budget=0.5 needs operating points, .* `iret calibrate MODEL --data DATA`"),
+        ("p.png --ms 5", "no clock was measured on this device"),
+        ("p.png --ms 5 --model bare", "ms=5 needs operating points, .* `iret calibrate MODEL --data DATA`"),
         ("p.png --exit-confidence nan", "confidence.*nan"),
         ("p.png --model nowhere", "model 'nowhere' is neither a shipped checkpoint"),
         ("p.png --model flat", "flat/config.json does not exist; a model folder holds"),
@@ -342,10 +389,19 @@ def test_a_mistake_in_predict_is_one_sentence(tmp_path, capsys, monkeypatch, lin
         ("eval m --data d --batch-size 0", "batch_size=0 .* must be 1 or more"),
         ("eval m --data d --max-images 0", "max_images=0 must be 1 or more"),
         ("calibrate nowhere --data d", "model 'nowhere' is neither"),
+        ("calibrate m", "operating points are found on held-out images; give --data, or --device-only"),
+        ("calibrate bare --device-only", "bare has no operating points to measure; run `iret calibrate` with --data"),
+        ("calibrate m --device-only", "hold no plans to replay; run `iret calibrate MODEL --data DATA` once"),
         (
-            "calibrate m --data d --out nowhere",
-            "nowhere is not a model folder to write points.json into; give one with",
+            "calibrate iret_pico-cifar10 --device-only",
+            "is no folder of yours to write points.json into; name a new one",
         ),
+        ("calibrate m --data d --trials 0", "trials=0 .* must be 1 or more"),
+        ("calibrate m --device-only --threads 0", "--threads 0 must be 1 or more"),
+        ("calibrate m --device-only --meter wall", "there is no energy meter 'wall'; choose from auto, hwmon"),
+        ("bench m --rounds 0", "--rounds 0 .* must be 1 or more"),
+        ("bench m --budgets 0.5", "hold no plans to replay"),
+        ("bench iret_pico --budgets 0.01", "budget=0.01 is below what this model can do"),
         ("card nowhere --data d", "nowhere is not a model folder to write a card into"),
         ("train --data d --recipe best", "recipe 'best' is unknown; choose from images_tiny, fine_tune"),
         ("train --data d --init nowhere", "model 'nowhere' is neither"),

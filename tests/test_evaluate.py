@@ -5,10 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from iret.evaluate import Setting, check_classes, evaluate
+from iret.evaluate import check_classes, evaluate
 from iret.model import Iret
 from iret.output import Output, Trace
 from iret.runtime.cost import Shape, full_macs
+from iret.runtime.points import Setting
 from iret.train.data import ImageData
 
 NAN = float("nan")

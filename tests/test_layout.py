@@ -22,12 +22,12 @@ LEVELS = (
     {"attention", "lifting", "tokens", "weights"},
     {"vit", "selection"},
     {"model", "output", "systems", "policies", "presets"},
-    {"zoo"},
-    {"train", "export", "calibrate", "card", "evaluate", "predict", "draw"},
-    {"arguments", "cli", "demo", "serve", "sweep"},
+    {"zoo", "precision"},
+    {"train", "export", "calibrate", "clock", "bench", "card", "evaluate", "predict", "draw", "simulate", "pilot"},
+    {"arguments", "cli", "verbs", "demo", "serve", "sweep"},
 )
 # What `pip install iret` alone can load: at import time the standard library, the base dependencies and each other.
-BASE_ROOMS = {"__init__", "runtime", "measure", "arguments", "doctor", "cli"}
+BASE_ROOMS = {"__init__", "runtime", "measure", "arguments", "doctor", "cli", "verbs"}
 BASE_LIBRARIES = {"numpy", "PIL"}
 TORCH_FREE_ROOMS = {"runtime", "measure"}  # not even inside a function
 

@@ -11,11 +11,13 @@ import pywt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
+from iret.doctor import describe_device
 from iret.model import Iret
 from iret.runtime.cost import LIFTINGS, Shape, full_macs, macs
-from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, Point
+from iret.runtime.points import FILE_NAME as POINTS_NAME, DeviceTable, OperatingPoints, Point, Setting
 
 ROUNDING = 2e-5  # float32 through three stages, logits of a few units
 CUTS = [0.5, 1.0, (0.8, 1.2), ((0.7, 1.1), (0.8, 1.3)), (0.0, 1.0), ((0.0, 1.0), 0.8)]
@@ -565,7 +567,7 @@ def made_up_points(model: Iret) -> OperatingPoints:
 def test_a_budget_runs_at_the_thresholds_between_its_points(budget, keep, refine):
     model, images = make_model(), make_images()
     model.points = made_up_points(model)
-    assert model.thresholds(budget) == (pytest.approx((keep, refine)),) * 2
+    assert model.setting(budget).thresholds == (pytest.approx((keep, refine)),) * 2
     expected = model.run(images, ((keep, refine), (keep, refine))).logits
     torch.testing.assert_close(model(images, budget=budget), expected, rtol=0, atol=ROUNDING)
     assert not torch.allclose(expected, model(images), atol=1e-3)
@@ -574,7 +576,7 @@ def test_a_budget_runs_at_the_thresholds_between_its_points(budget, keep, refine
 def test_the_full_budget_is_the_whole_model_with_or_without_points():
     model, images = make_model(), make_images()
     assert torch.equal(model(images, budget=1.0), model(images))
-    assert model.thresholds(1.0) == ((0.0, 0.0), (0.0, 0.0))
+    assert model.setting(1.0) == Setting(thresholds=((0.0, 0.0), (0.0, 0.0)))
 
 
 def test_a_budget_without_points_names_the_command_that_makes_them():
@@ -593,6 +595,122 @@ def test_a_budget_below_the_cheapest_point_names_it():
     model.points = made_up_points(model)
     with pytest.raises(ValueError, match="budget=0.2 is below the cheapest operating point of this model, 0.250"):
         model(make_images(), budget=0.2)
+
+
+@pytest.mark.parametrize("has_exits", [False, True])
+def test_every_image_of_a_batch_may_have_its_own_budget(has_exits):
+    model, images = make_model(), make_images()
+    model.points = made_up_points(model)
+    if has_exits:
+        points = tuple(replace(each, exit_confidence=1 - 0.3 * place) for place, each in enumerate(model.points.points))
+        model.points = replace(model.points, points=points)
+    budgets = torch.tensor([1.0, 0.5, 0.3, 0.5])
+    alone = [model(image[None], budget=float(budget)) for image, budget in zip(images, budgets, strict=True)]
+    torch.testing.assert_close(model(images, budget=budgets), torch.cat(alone), rtol=0, atol=ROUNDING)
+
+
+def test_the_exit_confidence_of_a_point_is_served_too():
+    model, images = make_model(), make_images()
+    points = made_up_points(model)
+    model.points = replace(points, points=(points.points[0], replace(points.points[1], exit_confidence=0.0)))
+    expected = model.run(images, exit_confidence=0.0).logits  # every image leaves after the first stage
+    torch.testing.assert_close(model(images, budget=0.5), expected, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("budget", "sentence"),
+    [
+        (torch.tensor([0.5, 0.5]), r"budget of shape \(2,\) does not fit 4 images; give one each"),
+        (torch.tensor([0.5, 0.5, 2.0, 0.5]), r"budget=2 is outside \(0, 1\]"),
+        (torch.tensor([0.5, 0.5, 0.1, 0.5]), "budget=0.1 is below the cheapest"),
+    ],
+)
+def test_budgets_that_do_not_fit_the_batch_are_refused(budget, sentence):
+    model = make_model()
+    model.points = made_up_points(model)
+    with pytest.raises(ValueError, match=sentence):
+        model(make_images(), budget=budget)
+
+
+def test_milliseconds_and_joules_are_looked_up_for_this_device():
+    model, images = make_model(), make_images()
+    model.points = made_up_points(model)
+    with pytest.raises(ValueError, match="no clock was measured on this device .*--device-only"):
+        model(images, ms=3.0)
+    table = DeviceTable(
+        device=describe_device(torch.device("cpu"), "float32"),
+        ms_mean=(8.0, 4.0, 2.0),
+        ms_p50=(8.0, 4.0, 2.0),
+        ms_p95=(8.0, 4.0, 2.0),
+        joules=(0.8, 0.4, 0.2),
+        energy_source="",
+        energy_scope="",
+        energy_kind="estimated",
+        rounds=1,
+    )
+    model.points = model.points.with_device(table)
+    assert torch.equal(model(images, ms=3.0), model(images, budget=0.375))
+    assert torch.equal(model(images, joules=0.4), model(images, budget=0.5))
+    with pytest.raises(ValueError, match="give one of budget, ms and joules"):
+        model(images, budget=0.5, ms=3.0)
+    with pytest.raises(ValueError, match="give one of ms and joules"):
+        model(images, joules=0.5, ms=3.0)
+
+
+# ---- exits, per stage and per image
+
+
+def test_an_exit_may_be_asked_for_at_one_stage_alone():
+    model, images = make_model(), make_images()
+    assert model.run(images, exit_confidence=(None, 0.0)).trace.exit_stage.tolist() == [1] * 4
+    assert model.run(images, exit_confidence=(0.0, None)).trace.exit_stage.tolist() == [0] * 4
+
+
+def test_every_image_may_have_its_own_exit_confidence():
+    model, images = make_model(), make_images()
+    found = model.run(images, exit_confidence=torch.tensor([0.0, 2.0, 0.0, 2.0]))
+    assert found.trace.exit_stage.tolist() == [0, 2, 0, 2]
+    found = model.run(images, exit_confidence=torch.tensor([[2.0, 0.0], [2.0, 2.0], [0.0, 2.0], [2.0, 2.0]]))
+    assert found.trace.exit_stage.tolist() == [1, 2, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("exits", "sentence"),
+    [
+        (-0.5, "exit_confidence=-0.5 must be 0 .* or more"),
+        (float("nan"), "exit_confidence=nan must be 0"),
+        ((0.5,), "1 exit confidences were given, but 2 stages can be left"),
+        ((0.5, "high"), "holds something that is not a number"),
+        (torch.tensor([0.5]), r"exit_confidence of shape \(1,\) does not fit; give \(4,\) or \(4, 2\)"),
+        (torch.tensor([0.5, 0.5, float("nan"), 0.5]), "exit_confidence=nan must be 0"),
+    ],
+)
+def test_exit_confidences_that_do_not_fit_are_refused(exits, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_model().run(make_images(), exit_confidence=exits)
+
+
+# ---- compiled
+
+
+@pytest.mark.graph
+def test_the_compiled_graphs_do_not_depend_on_the_counts():
+    model, plain = make_model(), make_model()
+    model.points = plain.points = made_up_points(plain)
+    counter = CompileCounter()
+    model.compile(backend=counter)
+    with torch.no_grad():
+        for batch in (1, 4):
+            for budget in (0.8, 0.5, 0.3):  # counts that happen to be equal at first become symbols of their own
+                model(make_images(batch), budget=budget)
+            seen = counter.frame_count
+            for seed, budget in ((2, 0.7), (3, 0.45), (4, 0.35)):
+                images = make_images(batch, seed=seed)
+                torch.testing.assert_close(
+                    model(images, budget=budget), plain(images, budget=budget), rtol=0, atol=ROUNDING
+                )
+            assert counter.frame_count == seen
+    assert 0 < seen <= 40
 
 
 # ---- refusals

@@ -9,6 +9,7 @@ from iret import predict as predict_module
 from iret.model import Iret
 from iret.predict import predict, warm_up
 from iret.runtime.cost import Shape, full_macs
+from iret.runtime.points import Setting
 from iret.runtime.preprocess import open_image
 
 
@@ -39,7 +40,7 @@ def make_photo(rows: int = 32, columns: int = 48) -> Image.Image:
 def test_the_answer_is_that_of_a_run_on_the_photo(thresholds, confidence):
     model, photo = make_model(), make_photo(50, 70)
     model.labels = ("ant", "bee", "cat")
-    answer, trace = predict(model, photo, thresholds=thresholds, exit_confidence=confidence)
+    answer, trace = predict(model, photo, setting=Setting(thresholds=thresholds, exit_confidence=confidence))
     with torch.no_grad():
         out = model.run(model.preprocess(photo), thresholds, confidence)
     assert answer.label == model.labels[out.logits.argmax()]
@@ -59,7 +60,7 @@ def test_the_share_is_of_the_full_model_so_its_other_heads_come_on_top():
 
 
 def test_stages_are_counted_from_one_and_those_not_reached_hold_no_patch():
-    answer, trace = predict(make_model(), make_photo(), exit_confidence=0.0)
+    answer, trace = predict(make_model(), make_photo(), setting=Setting(exit_confidence=0.0))
     assert answer.exit_stage == 1
     assert answer.kept == (24, 0, 0)
     assert trace.stage_logits[1:].isnan().all()
@@ -86,7 +87,7 @@ def test_without_labels_the_class_is_its_number():
 def test_the_time_is_that_of_the_model_alone(monkeypatch):
     model, events, clock = make_model(), [], iter([10.0, 10.25])
     run = model.run
-    monkeypatch.setattr(model, "run", lambda *args: events.append("run") or run(*args))
+    monkeypatch.setattr(model, "run", lambda *args, **kinds: events.append("run") or run(*args, **kinds))
     monkeypatch.setattr(predict_module.time, "perf_counter", lambda: events.append("clock") or next(clock))
     answer, _ = predict(model, make_photo())
     assert events == ["clock", "run", "clock"]

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from iret.runtime.points import BUDGETS
+from iret.runtime.points import BUDGETS, PRECISIONS
 
 DEFAULT_MODEL = "iret_pico-cifar10"
 
@@ -19,6 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(verbs)
     _add_train(verbs)
     _add_eval_and_calibrate(verbs)
+    _add_bench(verbs)
+    _add_simulate(verbs)
     card = _verb(verbs, "card", "measure a model folder and write its model card")
     card.add_argument("model", help="model folder")
     card.add_argument("--data", required=True, help="as for train; its test images are used")
@@ -40,8 +42,12 @@ def _add_predict(verbs) -> None:
     predict.add_argument("--model", default=DEFAULT_MODEL, help="shipped name, folder or hub id (default %(default)s)")
     dial = predict.add_mutually_exclusive_group()
     dial.add_argument("--budget", type=float, help="share of the full model's MACs, in (0, 1]")
+    dial.add_argument("--ms", type=float, help="milliseconds an image in the mean, on this device")
+    dial.add_argument("--joules", type=float, help="joules an image in the mean, on this device")
     _add_threshold(dial)
+    _add_goal(dial, predict)
     _add_exit(predict)
+    _add_precision(predict)
     predict.add_argument("--show", metavar="PNG", help="draw what was looked at")
     _add_common(predict)
 
@@ -77,6 +83,7 @@ def _add_eval_and_calibrate(verbs) -> None:
     _add_exit(evaluate)
     evaluate.add_argument("--rule", default="threshold", help="keep rule: threshold, mass or topk")
     evaluate.add_argument("--control", default="attention", help="choose by attention, random or inverse")
+    _add_precision(evaluate)
     evaluate.add_argument("--batch-size", type=int, default=100)
     evaluate.add_argument("--max-images", type=int)
     _add_data(evaluate)
@@ -84,11 +91,47 @@ def _add_eval_and_calibrate(verbs) -> None:
 
     calibrate = _verb(verbs, "calibrate", "measure the operating points that --budget needs")
     calibrate.add_argument("model", help="model folder")
-    calibrate.add_argument("--data", required=True, help="as for train; its held-out images are used")
-    calibrate.add_argument("--out", help="folder to write to (default: the model's)")
-    calibrate.add_argument("--max-images", type=int)
+    calibrate.add_argument("--data", help="as for train; its held-out images are used")
+    calibrate.add_argument("--device-only", action="store_true", help="measure the clock of this device alone; no data")
+    calibrate.add_argument("--out", help="model folder to write (default: MODEL, if it is a folder)")
+    calibrate.add_argument("--trials", type=int, default=16, help="courses through thresholds to try (default 16)")
+    calibrate.add_argument("--max-images", type=int, default=5000, help="held-out images at most (default 5000)")
+    calibrate.add_argument("--show", metavar="PNG", help="draw the search and what it found")
     _add_data(calibrate)
+    _add_clock(calibrate)
+    _add_precision(calibrate)
     _add_common(calibrate)
+
+
+def _add_simulate(verbs) -> None:
+    day = _verb(verbs, "simulate", "play a day on battery: the controller against fixed budgets")
+    day.add_argument("model", help="shipped name, folder or hub id, with a clock (iret calibrate)")
+    day.add_argument("--hours", type=float, default=24.0, help="that the battery must last (default 24)")
+    day.add_argument("--rate", type=float, default=1.0, help="images a second, in the mean of the day (default 1)")
+    day.add_argument("--battery-wh", type=float, help="default: 0.6 of what the full budget would need")
+    day.add_argument("--arrivals", choices=("steady", "office", "bursts"), default="office", help="default %(default)s")
+    day.add_argument("--busy", type=float, default=0.9, help="share of the stated images that come (default 0.9)")
+    day.add_argument("--idle-watts", type=float, default=0.0, help="that the device draws always (default 0)")
+    day.add_argument("--max-celsius", type=float, help="temperature to stay under")
+    day.add_argument("--kelvin-per-watt", type=float, default=8.0, help="of the device's case (default 8)")
+    day.add_argument("--clock", help="device whose columns are played (default: the only one, or this one)")
+    day.add_argument("--seed", type=int, default=0, help="of arrivals and noise")
+    day.add_argument("--show", metavar="PNG", help="draw battery, budget and accuracy over the day")
+    day.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_bench(verbs) -> None:
+    bench = _verb(verbs, "bench", "time and energy against the budget, on this machine")
+    bench.add_argument("models", nargs="+", metavar="MODEL", help="shipped name, preset, folder or hub id")
+    bench.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="default: %(default)s")
+    bench.add_argument("--batch", type=int, nargs="+", default=(1,), help="batch sizes (default 1)")
+    bench.add_argument("--rounds", type=int, default=20, help="timed runs of each (default 20)")
+    bench.add_argument("--seed", type=int, default=0, help="of the order of the runs and the images replayed")
+    bench.add_argument("--out", metavar="FOLDER", help="keep the table and the raw samples there")
+    _add_clock(bench)
+    _add_precision(bench)
+    bench.set_defaults(threads=1)
+    _add_common(bench)
 
 
 def _verb(verbs, name: str, summary: str) -> argparse.ArgumentParser:
@@ -111,12 +154,38 @@ def _add_exit(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_goal(dial, parser: argparse.ArgumentParser) -> None:
+    dial.add_argument("--battery", type=float, metavar="HOURS", help="let a controller choose: it must last so long")
+    goal = parser.add_argument_group("with --battery, or alone: goals of the controller")
+    goal.add_argument("--rate", type=float, help="images a second that the battery must last for")
+    goal.add_argument(
+        "--battery-wh", type=float, help="of the full battery, where the gauge tells a percentage or nothing"
+    )
+    goal.add_argument("--deadline", type=float, metavar="MS", help="for 95 of 100 images")
+    goal.add_argument("--max-celsius", type=float, help="temperature to stay under")
+    goal.add_argument("--min-accuracy", type=float, help="in (0, 1], by the table; yields to the other goals")
+
+
+def _add_clock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--meter", default="auto", help="source of joules; `iret doctor` lists them (default auto)")
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument(
         "--on-corrupt", choices=("skip", "stop"), default="skip", help="what to do with unreadable images"
     )
     parser.add_argument("--label-column", help="column of the labels, if it has an unusual name")
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the products (default %(default)s); int8 on a CPU alone",
+    )
+    parser.add_argument("--threads", type=int, help="that torch computes with (default: as many as it likes)")
 
 
 def _add_common(parser: argparse.ArgumentParser, device: str = "cpu") -> None:

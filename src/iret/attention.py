@@ -10,8 +10,10 @@ fused kernel; the column mean needs all N x N weights and is the dearer alternat
 Read next: `selection`, which turns importance into kept tokens.
 """
 
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +22,16 @@ from torch.nn import functional as F
 
 from iret.tokens import Tokens, pad_index
 
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # a torch that is older or built without it
+    varlen = None  # type: ignore[assignment]
+
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tokens | None], Tensor]
+AttentionBackend = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], Tensor]  # starts, width, log(size)
+
+_varlen_attn: Callable[..., Any] | None = getattr(varlen, "varlen_attn", None)
+UNSPLIT = {"num_splits": 1} if _varlen_attn and "num_splits" in inspect.signature(_varlen_attn).parameters else {}
 
 
 def attend(
@@ -38,10 +49,9 @@ def attend(
         bias = None if bias_T is None else bias_T.view(tokens.batch_size, 1, 1, -1)
         return _fused(q, k, v, bias).flatten(0, 1)
     if torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling():
-        return _attend_padded(
-            q, k, v, tokens.starts, bias_T
-        )  # its gradient is fused; the operator's is for the compiler
-    return torch.ops.iret.attend(q, k, v, tokens.starts, bias_T)
+        # its gradient is fused; the operator's is for the compiler
+        return attend_padded(q, k, v, tokens.starts, tokens.width, bias_T)
+    return torch.ops.iret.attend(q, k, v, tokens.starts, tokens.width, bias_T)
 
 
 ATTENTIONS: dict[str, AttentionFunction] = {"softmax": attend}
@@ -63,11 +73,53 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 # ---- the packed back ends, behind one custom operator: to the compiler a graph does not depend on the counts
 
 
-def _attend_padded(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None) -> Tensor:
-    """Every image padded to the longest, with a key mask: the reference, and the back end of accelerators."""
-    index, is_live = pad_index(starts, int(starts.diff().max()))
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None) -> Tensor:
+    """Every image padded to `width`, the longest, with a key mask: the reference, and what always works."""
+    index, is_live = pad_index(starts, width)
     out = _fused(q[index], k[index], v[index], _key_mask(is_live, index, bias_T, q.dtype))
     return out[is_live]
+
+
+def attend_each(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None) -> Tensor:
+    """One fused call an image: nothing is padded. The fastest on CPU, where a call is cheap beside its work."""
+    out = torch.empty_like(q)
+    for start, end in pairwise(starts.tolist()):
+        if end > start:
+            here = slice(start, end)
+            bias = None if bias_T is None else bias_T[None, None, None, here]
+            out[here] = _fused(q[None, here], k[None, here], v[None, here], bias)[0]
+    return out
+
+
+def attend_buckets(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None) -> Tensor:
+    """One fused call for all images of the same count: nothing is padded, and fewer calls where images are many and short."""
+    out = torch.empty_like(q)
+    counts = starts.diff()
+    for count in counts.unique().tolist():
+        if count:
+            index = starts[:-1][counts == count, None] + torch.arange(count, device=starts.device)
+            bias = None if bias_T is None else bias_T[index][:, None, None, :]
+            out[index] = _fused(q[index], k[index], v[index], bias)
+    return out
+
+
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None) -> Tensor:
+    """`torch.nn.attention.varlen`, one flash kernel for all images: CUDA, half precision, tokens of size 1.
+
+    Unsplit, so that an image's answer does not depend on its batch mates.
+    """
+    assert _varlen_attn is not None
+    ends = starts.to(torch.int32)
+    return _varlen_attn(q, k, v, ends, ends, width, width, **UNSPLIT)
+
+
+def choose_backend(device_type: str, dtype: torch.dtype, has_bias: bool) -> AttentionBackend:
+    """The fastest that can: varlen on CUDA, image by image on CPU, padded otherwise."""
+    if device_type == "cpu":
+        return attend_each
+    if device_type == "cuda" and _varlen_attn is not None and not has_bias and dtype in (torch.float16, torch.bfloat16):
+        return attend_varlen
+    return attend_padded
 
 
 def _key_mask(is_live: Tensor, index: Tensor, bias_T: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -89,21 +141,21 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor
 
 
 @torch.library.custom_op("iret::attend", mutates_args=())
-def _attend_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None) -> Tensor:
-    backend = _attend_each if q.device.type == "cpu" else _attend_padded
-    return backend(q.contiguous(), k, v, starts, bias_T).contiguous()
+def _attend_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None) -> Tensor:
+    backend = choose_backend(q.device.type, q.dtype, bias_T is not None)
+    return backend(q.contiguous(), k, v, starts, width, bias_T).contiguous()
 
 
 @_attend_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("iret::attend_backward", mutates_args=())
 def _attend_backward_op(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    index, is_live = pad_index(starts, int(starts.diff().max()))
+    index, is_live = pad_index(starts, width)
     mask = _key_mask(is_live, index, bias_T, torch.float32)
     q, k, v, grad = ((x[index] * is_live[..., None, None]).transpose(1, 2) for x in (q, k, v, grad))  # [B, H, N, E]
     scale = q.shape[-1] ** -0.5
@@ -116,17 +168,18 @@ def _attend_backward_op(
 
 @_attend_backward_op.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _backward(ctx, grad: Tensor):
-    return *torch.ops.iret.attend_backward(grad, *ctx.saved_tensors, ctx.bias_T), None, None
+    grads = torch.ops.iret.attend_backward(grad, *ctx.saved_tensors, ctx.width, ctx.bias_T)
+    return *grads, None, None, None
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *saved, ctx.bias_T = inputs
+    *saved, ctx.width, ctx.bias_T = inputs
     ctx.save_for_backward(*saved)
 
 
@@ -153,8 +206,7 @@ def column_mean(q: Float[Tensor, "T H E"], k: Float[Tensor, "T H E"], tokens: To
 
 
 def _places(tokens: Tokens) -> tuple[Int[Tensor, "B N"], Tensor]:
-    count = tokens.cell_T.shape[0] // tokens.batch_size if tokens.is_even else int(tokens.starts.diff().max())
-    return pad_index(tokens.starts, count)
+    return pad_index(tokens.starts, tokens.width)
 
 
 def _over_patches(q_BQHE: Tensor, k: Tensor, tokens: Tokens, query_is_live: Tensor | None = None) -> Tensor:

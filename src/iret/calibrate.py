@@ -1,84 +1,274 @@
-"""Fills the table of operating points: runs thresholds on held-out images until the MACs of neighbouring ones lie close.
+"""Fills the table of operating points: finds a course through thresholds on held-out images, then walks it from dear to cheap.
 
-The thresholds of one table rise together by a fixed ratio from the first transition to the last; which ratio is found first,
-on fewer images. `iret train` calls this at its end, `iret calibrate` on a model and data of yours.
+A table is one course: the thresholds of all transitions rise together with its one number, the *rung*, by fixed ratios, and the
+confidence that suffices to leave early falls from 1. So what lies between two points is close to the chord between them. The
+search looks for the course whose accuracy at given costs is best:
+
+- the ratio of the first threshold to the last, and of refine to keep, by a Bayesian search (Optuna's TPE);
+- how fast the exit confidence falls, exactly and for nothing: one run without exits holds every head's answer and every
+  stage's cost, and tells what any confidence would have given.
+
+Every finished evaluation is a line of a `Memory`, so a search that was killed goes through the same trials again in no time,
+and goes on. `iret train` calls this at its end with few trials, `iret calibrate` on a model and data of yours.
+
+Source: rising thresholds are those of Kim et al. 2022, "Learned Token Pruning for Transformers", which start proportional
+to depth; TPE is Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization"; the course and its search are ours.
 """
 
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from iret.evaluate import Score, Setting, evaluate
+from iret.evaluate import check_classes
 from iret.model import Iret
-from iret.runtime.cost import full_macs
-from iret.runtime.points import OperatingPoints, Point
-from iret.train.data import ImageData
+from iret.output import Output
+from iret.runtime.cost import full_macs, macs
+from iret.runtime.points import OperatingPoints, Plan, Point, frontier
+from iret.train.data import ImageData, make_loader
+from iret.weights import to_safetensors
 
-# Times uniform attention, at the last transition: from "everything" to "little more than the floor".
-FIRST_RUNGS = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0)
-RATIOS = (1.0, 0.6, 0.35, 0.2)  # first threshold : last
-RATIO_IMAGES = 1000  # that the ratio is found on
-RATIO_BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.3)  # where ratios are compared
+# The last transition's keep threshold, times uniform attention: from "everything" to "little more than the floor".
+FIRST_RUNGS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0)
+SEARCH_RUNGS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5)
+SEARCH_IMAGES = 1000  # that courses are compared on
+SEARCH_BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.3)  # where they are compared
+EXIT_SLOPES = (0.0, 0.1, 0.2, 0.4, 0.8)  # by how much the exit confidence falls per rung
+LEAST_CONFIDENCE = 0.4
 LARGEST_GAP = 0.05  # of the full MACs, between neighbouring points
-SMALLEST_STEP = 0.01  # between thresholds
+SMALLEST_STEP = 0.01  # between rungs
+MAX_IMAGES = 5000
+BATCH_SIZE = 100
+NUM_PLANS = 12  # images a point that clocks are measured on
+FIRST_TRIALS = ((1.0, 1.0), (0.6, 1.0), (0.35, 1.0), (0.2, 1.0))  # (ratio, refine) that are tried before any is drawn
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How thresholds and exits follow the rung."""
+
+    ratio: float  # first threshold : last
+    refine: float  # refine threshold : keep
+    slope: float = 0.0  # of the exit confidence
+
+    def thresholds(self, rung: float, transitions: int) -> tuple[tuple[float, float], ...]:
+        """Keep thresholds that rise geometrically from `ratio` times `rung` to `rung`."""
+        each = rung * np.geomspace(self.ratio, 1.0, transitions)
+        return tuple((float(keep), float(keep * self.refine)) for keep in each)
+
+    def exit_confidence(self, rung: float) -> float | None:
+        confidence = max(1 - self.slope * rung, LEAST_CONFIDENCE)
+        return confidence if confidence < 1 else None
+
+
+class Memory:
+    """Finished evaluations of one model on one set of images, a JSON line each, kept in a file if there is a path."""
+
+    def __init__(self, path: Path | None = None, fingerprint: str = "") -> None:
+        self.path, self.known = path, dict[str, list[dict]]()
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        if lines[:1] == [fingerprint]:
+            for line in lines[1:]:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break  # the line that a kill cut off
+                self.known[entry["key"]] = entry["points"]
+        if path is not None:
+            whole = [fingerprint, *(json.dumps({"key": key, "points": rows}) for key, rows in self.known.items())]
+            path.write_text("\n".join(whole) + "\n")
+
+    def recall(self, key: str) -> list[Point] | None:
+        return [Point.from_dict(row) for row in self.known[key]] if key in self.known else None
+
+    def keep(self, key: str, points: Sequence[Point]) -> None:
+        self.known[key] = json.loads(json.dumps([point.to_dict() for point in points]))
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"key": key, "points": self.known[key]}) + "\n")
+
+
+def fingerprint(model: Iret, data_name: str, num_images: int) -> str:
+    """Of everything that decides what an evaluation gives; search files of others are not read."""
+    digest = hashlib.sha256(to_safetensors(model.state_dict()))
+    digest.update(json.dumps([data_name, num_images, model.precision]).encode())
+    return digest.hexdigest()
 
 
 def calibrate(
-    model: Iret, data: ImageData, *, data_name: str, max_images: int | None = None, workers: int = 0
+    model: Iret,
+    data: ImageData,
+    *,
+    data_name: str,
+    max_images: int = MAX_IMAGES,
+    workers: int = 0,
+    trials: int = len(FIRST_TRIALS),
+    memory_path: Path | None = None,
+    say: Say = lambda line: None,
 ) -> OperatingPoints:
-    """Measure a ladder of thresholds on `data` (held-out, never the test images).
+    """Find a course on `data` (held-out, never the test images) and measure points along it, the dearest of which keeps all.
 
-    Where two neighbours differ by more than `LARGEST_GAP`, one between them is measured too. The point that keeps
-    everything always stays, so that every budget up to 1 can be served.
+    Where two neighbours differ by more than `LARGEST_GAP`, one between them is measured too. Served are the points
+    that no cheaper one beats beyond noise, and the one that keeps everything. `memory_path`: where finished evaluations are kept.
 
-    Source: rising thresholds are those of Kim et al. 2022, "Learned Token Pruning for Transformers", which start proportional
-    to depth; the search is ours.
+    Raises:
+        ValueError: no image could be read, the data's classes are not the model's, or no trial is allowed.
     """
-    few = min(RATIO_IMAGES, max_images or RATIO_IMAGES)
-    ratio = max(RATIOS, key=lambda each: _worth(model, data, each, few)) if len(model.transitions) > 1 else 1.0
+    if trials < 1 or max_images < 1:
+        raise ValueError(f"trials={trials} and max_images={max_images} must be 1 or more.")
+    meter = _Meter(model, data, max_images, workers)
+    memory = Memory(memory_path, fingerprint(model, data_name, meter.num_images))
+    course = _search(meter, memory, trials, say)
     full = full_macs(model.shape)
-    measured: dict[float, Score] = {}
+    measured: dict[float, Point] = {}
     rungs: list[float] = list(FIRST_RUNGS)
     while rungs:
-        measured = dict(sorted({**measured, **_measure(model, data, ratio, rungs, max_images, workers)}.items()))
+        for rung in rungs:
+            (measured[rung],) = meter.points(memory, course, rung, (course.slope,), meter.num_images, NUM_PLANS)
+        measured = dict(sorted(measured.items()))
+        say(f"{len(measured)} points on the course")
         rungs = [
             (low + high) / 2
             for low, high in pairwise(measured)
             if high - low > SMALLEST_STEP and measured[low].macs_mean - measured[high].macs_mean > LARGEST_GAP * full
         ]
-    points: list[Point] = []
-    for rung, score in measured.items():
-        if points and score.macs_mean >= points[-1].macs_mean:  # nothing more was dropped
-            continue
-        points.append(
-            Point(
-                thresholds=_spread(model, rung, ratio),
-                accuracy=score.accuracy,
-                macs_mean=score.macs_mean,
-                macs_p95=score.macs_p95,
-                kept_mean=score.kept_mean,
-            )
+    served = frontier(list(measured.values()), meter.num_images)
+    return OperatingPoints(data=data_name, num_images=meter.num_images, full_macs=full, points=served)
+
+
+def _search(meter: "_Meter", memory: Memory, trials: int, say: Say) -> Course:
+    """The best course of `trials`; each trial's sampler is seeded by its number, so a search that goes on draws the same."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize")
+    for ratio, refine in FIRST_TRIALS:
+        study.enqueue_trial({"ratio": ratio, "refine": refine})
+    best, best_worth = Course(1.0, 1.0), -1.0
+    for number in range(trials):
+        study.sampler = optuna.samplers.TPESampler(seed=number, multivariate=True, n_startup_trials=len(FIRST_TRIALS))
+        trial = study.ask()
+        ratio, refine = trial.suggest_float("ratio", 0.1, 1.0, log=True), trial.suggest_float("refine", 1.0, 3.0)
+        num_images = min(SEARCH_IMAGES, meter.num_images)
+        ladders = [meter.points(memory, Course(ratio, refine), rung, EXIT_SLOPES, num_images) for rung in SEARCH_RUNGS]
+        worths = [meter.worth(points) for points in zip(*ladders, strict=True)]
+        study.tell(trial, max(worths))
+        if max(worths) > best_worth:
+            best_worth, slope = max(worths), EXIT_SLOPES[int(np.argmax(worths))]
+            best = Course(ratio, refine, slope)
+        say(
+            f"trial {number + 1} of {trials}: ratio {ratio:.2f}, refine {refine:.2f}: {max(worths):.2%} in the mean of "
+            f"budgets {SEARCH_BUDGETS[0]:g} to {SEARCH_BUDGETS[-1]:g}; best {best_worth:.2%} (exit slope {best.slope:g})"
         )
-    num_images = measured[0.0].num_images
-    return OperatingPoints(data=data_name, num_images=num_images, full_macs=full, points=tuple(points))
+    return best
 
 
-def _measure(
-    model: Iret, data: ImageData, ratio: float, rungs: list[float], max_images: int | None, workers: int = 0
-) -> dict[float, Score]:
-    settings = [Setting(thresholds=_spread(model, rung, ratio)) for rung in rungs]
-    scores = evaluate(model, data, settings, max_images=max_images, workers=workers)
-    return dict(zip(rungs, scores, strict=True))
+class _Meter:
+    """The model with its held-out images, read once and kept as bytes."""
+
+    def __init__(self, model: Iret, data: ImageData, max_images: int, workers: int) -> None:
+        check_classes(model, data)
+        self.model, self.device = model.eval(), model.pos_embed.device
+        self.batches: list[tuple[Tensor, Tensor]] = []
+        self.num_images = 0
+        loader = make_loader(data, BATCH_SIZE, seed=0, epoch=0, shuffle=False, workers=workers, drop_last=False)
+        for pixels, labels, _ in loader:
+            pixels, labels = pixels[: max_images - self.num_images], labels[: max_images - self.num_images]
+            self.batches += [(pixels, labels)] if len(labels) else []
+            self.num_images += len(labels)
+            if self.num_images == max_images:
+                break
+        if not self.num_images:
+            raise ValueError("none of the held-out images could be read; nothing was calibrated.")
+
+    def points(
+        self, memory: Memory, course: Course, rung: float, slopes: Sequence[float], num_images: int, num_plans: int = 0
+    ) -> list[Point]:
+        """One Point per slope of the exit confidence, from one run of the first images."""
+        thresholds = course.thresholds(rung, len(self.model.transitions))
+        exits = [replace(course, slope=slope).exit_confidence(rung) for slope in slopes]
+        key = json.dumps([thresholds, exits, num_images, num_plans])
+        points = memory.recall(key)
+        if points is None:
+            runs = self._run(thresholds, num_images)
+            points = [runs.point(self.model, thresholds, confidence, num_plans) for confidence in exits]
+            memory.keep(key, points)
+        return points
+
+    def worth(self, points: Sequence[Point]) -> float:
+        """Accuracy of a ladder of points, mean over `SEARCH_BUDGETS`, interpolated."""
+        ladder = sorted(points, key=lambda point: point.macs_mean)
+        shares = [point.macs_mean / full_macs(self.model.shape) for point in ladder]
+        return float(np.interp(SEARCH_BUDGETS, shares, [point.accuracy for point in ladder]).mean())
+
+    @torch.inference_mode()
+    def _run(self, thresholds: object, num_images: int) -> "_Runs":
+        outs, seen = [], 0
+        for pixels, labels in self.batches:
+            pixels, labels = pixels[: num_images - seen], labels[: num_images - seen]
+            images = self.model.normalise(pixels.to(self.device).float() / 255)
+            outs.append(_Runs.of(self.model.run(images, thresholds), labels))
+            seen += len(labels)
+            if seen >= num_images:
+                break
+        return _Runs.join(outs)
 
 
-def _worth(model: Iret, data: ImageData, ratio: float, num_images: int) -> float:
-    """Accuracy at this ratio, mean over `RATIO_BUDGETS`, interpolated between the first rungs."""
-    ladder = list(_measure(model, data, ratio, list(FIRST_RUNGS), num_images).values())[::-1]
-    shares = np.array([score.macs_mean for score in ladder]) / full_macs(model.shape)
-    return float(np.interp(RATIO_BUDGETS, shares, [score.accuracy for score in ladder]).mean())
+@dataclass(frozen=True)
+class _Runs:
+    """Of N images in S stages, without exits: all [S, N]."""
 
+    kept: np.ndarray
+    refined: np.ndarray
+    confidence: np.ndarray  # of every head
+    is_right: np.ndarray
 
-def _spread(model: Iret, rung: float, ratio: float) -> tuple[tuple[float, float], ...]:
-    """Thresholds that rise geometrically from `ratio` times `rung` to `rung`."""
-    each = rung * np.geomspace(ratio, 1.0, len(model.transitions))
-    return tuple((float(threshold), float(threshold)) for threshold in each)
+    @classmethod
+    def of(cls, out: Output, labels: Tensor) -> "_Runs":
+        assert out.trace is not None  # an Iret always has one
+        confidence, answer = out.trace.stage_logits.softmax(2).max(2)
+        return cls(
+            out.trace.kept.sum((2, 3)).cpu().numpy(),
+            out.trace.refined.sum((2, 3)).cpu().numpy(),
+            confidence.cpu().numpy(),
+            (answer.cpu() == labels).numpy(),
+        )
+
+    @classmethod
+    def join(cls, runs: Sequence["_Runs"]) -> "_Runs":
+        return cls(*(np.concatenate([getattr(run, part.name) for run in runs], axis=1) for part in fields(cls)))
+
+    def point(self, model: Iret, thresholds: tuple, exit_confidence: float | None, num_plans: int) -> Point:
+        """What would have happened if images left at this confidence."""
+        kept, refined, confidence = self.kept, self.refined, self.confidence
+        num_stages, num_images = kept.shape
+        leaves = confidence >= np.inf if exit_confidence is None else confidence >= np.float32(exit_confidence)
+        leaves[-1] = True
+        stages_run = leaves.argmax(0) + 1
+        spent = macs(model.shape, kept, refined, scored=bool(np.any(thresholds)), stages_run=stages_run)
+        is_run = np.arange(num_stages)[:, None] < stages_run
+        by_cost = np.argsort(spent, kind="stable")
+        middles = (np.arange(num_plans) + 0.5) / max(num_plans, 1) * num_images  # of equal shares of the images
+        return Point(
+            thresholds=thresholds,
+            exit_confidence=exit_confidence,
+            accuracy=float(self.is_right[stages_run - 1, np.arange(num_images)].mean()),
+            macs_mean=float(spent.mean()),
+            macs_p95=float(np.percentile(spent, 95)),
+            kept_mean=tuple(float(count) for count in (kept * is_run).mean(1)),
+            plans=tuple(
+                Plan(
+                    tuple(kept[: stages_run[image], image].tolist()),
+                    tuple(refined[: stages_run[image], image].tolist()),
+                )
+                for image in by_cost[middles.astype(int)]
+            ),
+        )

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from iret.evaluate import Score, Setting, evaluate
+from iret.evaluate import Score, evaluate
 from iret.model import Iret
 from iret.runtime.cost import full_macs
-from iret.runtime.points import BUDGETS
+from iret.runtime.points import BUDGETS, Setting
 from iret.train.checkpoint import FILE_NAME as STATE_NAME
 from iret.train.data import ImageData
 
@@ -35,7 +35,7 @@ def write_card(
     """The card as Markdown. `data` is the test split; the training state in `folder` says how the model was trained."""
     cheapest = model.points.cheapest_budget if model.points else 1.0
     budgets = [budget for budget in BUDGETS if budget == 1 or budget >= cheapest]
-    settings = [Setting(thresholds=model.thresholds(budget)) for budget in budgets]
+    settings = [model.setting(budget) for budget in budgets]
     scores = evaluate(model, data, settings, max_images=max_images)
     header = ["---", "library_name: iret", "license: apache-2.0", "pipeline_tag: image-classification", "---"]
     what = (

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from iret.draw import draw_focus, draw_tradeoff, stack
-from iret.evaluate import Setting, evaluate
+from iret.evaluate import evaluate
 from iret.model import Iret
 from iret.predict import predict, warm_up
 from iret.runtime.cost import full_macs
@@ -49,7 +49,7 @@ def run_demo(out: Path, say: Say, print_table: PrintTable) -> int:
 
 def _digits(model: Iret, out: Path, say: Say, print_table: PrintTable) -> tuple[list[float], list[float]]:
     data = open_data("cluttered-digits", "test", model.preprocessing)
-    settings = [Setting(thresholds=model.thresholds(budget)) for budget in BUDGETS]
+    settings = [model.setting(budget) for budget in BUDGETS]
     scores = evaluate(model, data, settings, max_images=NUM_DIGITS)
     shares = [score.macs_mean / full_macs(model.shape) for score in scores]
     say(f"{DIGITS_MODEL} on {scores[0].num_images} test images of cluttered-digits")
@@ -72,7 +72,7 @@ def _digits(model: Iret, out: Path, say: Say, print_table: PrintTable) -> tuple[
         assert item is not None  # made by us, never corrupt
         pixels, label = item
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        answer, trace = predict(model, image, thresholds=model.thresholds(BUDGETS[-1]))
+        answer, trace = predict(model, image, setting=model.setting(BUDGETS[-1]))
         title = f"digit {data.class_names[label]}, budget {BUDGETS[-1]:g}: {answer.label}, {answer.macs_share:.0%} of full MACs"
         rows.append(draw_focus(model, image, trace, title))
     stack(rows).save(out / "digits.png")
@@ -84,7 +84,7 @@ def _photos(model: Iret, out: Path, say: Say, print_table: PrintTable) -> None:
     for path in sorted(PHOTOS.glob("*.jpg")):
         photo, pictures = open_image(path), []
         for budget in BUDGETS:
-            answer, trace = predict(model, photo, thresholds=model.thresholds(budget), name=path.name)
+            answer, trace = predict(model, photo, setting=model.setting(budget), name=path.name)
             rows.append(
                 (
                     answer.image,

@@ -18,6 +18,7 @@ import iret
 PURPOSES = {
     "torch": "models, prediction, training",
     "data": "training and evaluation on any Hugging Face data set",
+    "energy": "joules measured: NVIDIA GPUs, batteries",
     "timm": "timm's weights, and the methods that run on them",
     "all": "everything above",
 }
@@ -186,6 +187,20 @@ def threads_report() -> dict[str, int | str | None]:
         "num_torch_threads": num_torch_threads,
         **{name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")},
     }
+
+
+def describe_device(device: Any, precision: str) -> str:
+    """What a clock holds for: the processor, its threads where torch decides them, and the number format.
+
+    `device` is a `torch.device`.
+    """
+    torch = import_module("torch")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {precision}"
+    if device.type == "mps":
+        return f"{processor_name()} GPU, {precision}"
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}, {precision}"
 
 
 def processor_name() -> str:

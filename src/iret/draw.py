@@ -1,5 +1,6 @@
 """Pictures: what a model looked at coarsely, in detail, and dropped; accuracy against cost."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from iret.model import Iret
 from iret.output import Trace
+from iret.runtime.points import OperatingPoints
 from iret.runtime.preprocess import Source, open_image
 
 PANEL = 288  # pixels along the longer side of one panel
@@ -114,6 +116,28 @@ def draw_tradeoff(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     axes.set_xlabel("MACs an image, share of the full model")
     axes.set_ylabel("top-1 accuracy (%)")
     axes.set_title(title)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center")
+    figure.savefig(path, dpi=150)
+
+
+def draw_search(points: OperatingPoints, search: Path, path: Path) -> None:
+    """Every setting that a search tried (a file of `calibrate.Memory`, if it is there) and the points that are served."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    if search.exists():
+        rows = [json.loads(line)["points"] for line in search.read_text().splitlines()[1:]]
+        tried = np.array(
+            [(row["macs_mean"] / points.full_macs, 100 * row["accuracy"]) for each in rows for row in each]
+        )
+        axes.plot(*tried.T, ".", color="0.7", markersize=3, label="tried in the search (on fewer images)")
+    served = np.array([(point.macs_mean / points.full_macs, 100 * point.accuracy) for point in points.points])
+    axes.plot(*served.T, "o-", color="#0072b2", label=f"served, {points.num_images} held-out images of {points.data}")
+    axes.set_xlabel("MACs an image, share of the full model")
+    axes.set_ylabel("top-1 accuracy (%)")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center")

@@ -8,17 +8,8 @@ import numpy as np
 import torch
 
 from iret.model import Iret
+from iret.runtime.points import Setting
 from iret.train.data import ImageData, make_loader
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """How to run the model; see `Iret.run`."""
-
-    thresholds: object = 0.0
-    exit_confidence: float | None = None
-    rule: str = "threshold"
-    control: str = "attention"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iret.attention import ATTENTIONS
+from iret.doctor import describe_device
 from iret.lifting import Lifting, lifting_penalty
 from iret.output import Output, Record
 from iret.runtime.cost import Shape, full_macs
-from iret.runtime.keep import read_strengths
-from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, check_budget
+from iret.runtime.keep import read_exits, read_strengths
+from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, Plan, Point, Setting, check_budget, keep_all
 from iret.runtime.preprocess import Preprocess, Source
 from iret.selection import (
     Choice,
@@ -56,6 +57,8 @@ from iret.weights import (
 )
 
 FORMAT = 1
+MAX_GRAPHS = 64  # of one compiled model; torch would stop at 8
+NEARLY_NOTHING = 1e-9  # a strength that drops no patch, but has it chosen
 
 
 class Stage(nn.Module):
@@ -133,6 +136,7 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         self.preprocessing = Preprocess(img_size=shape.img_size, mean=half, std=half)
         self.labels: tuple[str, ...] | None = None
         self.points: OperatingPoints | None = None
+        self.is_int8 = False  # see `iret.precision`
         rates = torch.linspace(0, drop_path_rate, sum(shape.depths)).split(shape.depths)
         self.lifting = Lifting(shape.lifting, shape.in_chans, shape.patch_size, shape.levels)
         self.patch_embed = nn.Linear(shape.in_chans * shape.side(shape.levels) ** 2, shape.embed_dims[0])
@@ -154,17 +158,45 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
 
     # ---- looking
 
-    def forward(self, images: Float[Tensor, "B C Y X"], budget: float = 1.0) -> Float[Tensor, "B classes"]:
-        """Logits of the last head; `budget` in (0, 1] is the share of the full MACs to spend in the mean.
+    def forward(
+        self,
+        images: Float[Tensor, "B C Y X"],
+        budget: float | Tensor = 1.0,
+        *,
+        ms: float | None = None,
+        joules: float | None = None,
+    ) -> Float[Tensor, "B classes"]:
+        """Logits; `budget` in (0, 1] is the share of the full MACs to spend in the mean, one for all or [B], one an image.
+
+        In its place `ms` or `joules` an image, in the mean at batch 1 on this device (`iret calibrate`).
 
         Raises:
-            ValueError: no operating points, or a budget outside (0, 1] or below the cheapest of them.
+            ValueError: no operating points, a budget outside (0, 1] or below the cheapest of them, a device without a clock.
         """
-        if budget == 1:
+        if ms is not None or joules is not None:
+            if not (isinstance(budget, (int, float)) and budget == 1):
+                raise ValueError("give one of budget, ms and joules.")
+            budget = self.budget_for(ms=ms, joules=joules)
+        if isinstance(budget, Tensor):
+            if budget.shape != images.shape[:1]:
+                raise ValueError(
+                    f"budget of shape {tuple(budget.shape)} does not fit {len(images)} images; give one each."
+                )
+            settings = [self.setting(each) for each in budget.tolist()]
+            thresholds: object = np.array([setting.thresholds for setting in settings], dtype=np.float64)
+            exits = [setting.exit_confidence for setting in settings]
+            confidence: object = None
+            if any(exits):
+                confidence = np.array([np.inf if each is None else each for each in exits])
+        elif budget == 1:
             return self.stages[-1].head(self.forward_features(images)[:, 0])
-        thresholds = self.thresholds(budget)
+        else:
+            setting = self.setting(budget)
+            thresholds, confidence = setting.thresholds, setting.exit_confidence
+        if confidence is not None:
+            return self.run(images, thresholds, confidence).logits
         self._check_images(images)
-        return self._look(images, read_strengths(thresholds, len(images), len(self.transitions)))
+        return self.look(images, read_strengths(thresholds, len(images), len(self.transitions)))
 
     def forward_features(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
         """Normalised tokens of the last stage with nothing dropped, class token first."""
@@ -181,7 +213,7 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         self,
         images: Float[Tensor, "B C Y X"],
         thresholds: object = 0.0,
-        exit_confidence: float | None = None,
+        exit_confidence: object = None,
         *,
         rule: str = "threshold",
         control: str = "attention",
@@ -192,8 +224,9 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         `thresholds`: times uniform attention; one number for all transitions, or one entry per transition, each a number
         or (keep, refine) with refine >= keep; or a tensor [B, transitions] or [B, transitions, 2]. Other keep rules read
         them as strengths (`iret.runtime.keep`). An image leaves after the first stage whose softmax maximum reaches
-        `exit_confidence`. `control` replaces the attention by a "random" or its "inverse", to measure what attention is
-        worth. `masked` computes dropped tokens as well but lets nobody see them: the same answer, static sizes.
+        `exit_confidence`: one number, one per stage but the last, or a tensor [B] or [B, transitions]. `control` replaces
+        the attention by a "random" or its "inverse", to measure what attention is worth. `masked` computes dropped tokens as
+        well but lets nobody see them: the same answer, static sizes.
 
         Raises:
             ValueError: images that do not fit or hold NaN, thresholds that do not fit.
@@ -203,31 +236,31 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
             raise ValueError(
                 "this model has no classes to answer with; call forward_features, or reset_classifier(N) first."
             )
-        if exit_confidence is not None and not exit_confidence >= 0:
-            raise ValueError(
-                f"exit_confidence={exit_confidence:g} must be 0 (leave at once) or more; above 1 nobody leaves."
-            )
         check_control(control)
-        given = thresholds.detach().double().cpu().numpy() if isinstance(thresholds, Tensor) else thresholds
-        strengths = read_strengths(given, len(images), len(self.transitions), rule)
+        strengths = read_strengths(_to_numpy(thresholds), len(images), len(self.transitions), rule)
+        exits = read_exits(_to_numpy(exit_confidence), len(images), len(self.transitions))
         record = Record(self.shape, len(images), images.device)
-        self._look(images, strengths, record, exit_confidence, rule=rule, control=control, masked=masked)
+        self.look(images, strengths, record, exits, rule=rule, control=control, masked=masked)
         return record.finish(scored=np.any(strengths, axis=(1, 2), keepdims=True)[:, 0, 0])
 
-    def _look(
+    def look(
         self,
         images: Tensor,
         strengths: np.ndarray,
         record: Record | None = None,
-        exit_confidence: float | None = None,
+        exits: np.ndarray | None = None,
         *,
         rule: str = "threshold",
         control: str = "attention",
         masked: bool = False,
     ) -> Tensor:
-        """What `run` describes, at strengths [B, transitions, 2]; the last answers. Without a `record` no other head runs."""
+        """What `run` describes, at strengths [B, transitions, 2] and exits [B, transitions]; the last answers.
+
+        Without a `record` no other head runs.
+        """
         drops, refines_all = bool(strengths.any()), bool((strengths[..., 0] == strengths[..., 1]).all())
         strengths_BS2 = torch.from_numpy(strengths.astype(np.float32)).to(images.device)
+        exits_BS = None if exits is None else torch.from_numpy(exits.astype(np.float32)).to(images.device)
 
         tokens, patches = self._embed(images)
         alive = torch.arange(len(images), device=images.device)  # images that have not exited
@@ -243,8 +276,8 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
                 record.add(index, alive, choice, answers)
             if is_last:
                 break
-            if exit_confidence is not None:
-                goes_on = answers.softmax(1).amax(1) < exit_confidence
+            if exits_BS is not None:
+                goes_on = answers.softmax(1).amax(1) < exits_BS[alive, index]
                 if not goes_on.any():
                     break
                 if received is not None:
@@ -252,10 +285,24 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
                 tokens, alive = take_images(tokens, goes_on), alive[goes_on]
             if received is not None:
                 importance = replace_importance(to_importance(received, tokens, self.shape.num_patches), control)
-                strengths_B2 = strengths_BS2[:, index] if exit_confidence is None else strengths_BS2[alive, index]
+                strengths_B2 = strengths_BS2[:, index] if exits is None else strengths_BS2[alive, index]
                 choice = choose(importance, strengths_B2, rule, self.shape.min_keep, refines_all)
                 tokens = select(tokens, choice.kept, masked)
         return answers
+
+    def replay(self, images: Float[Tensor, "B C Y X"], plans: Sequence[Plan], point: Point) -> Tensor:
+        """The work that `plans` say other images were at `point`, an image each, whatever these show: a logit means nothing."""
+        transitions = len(self.transitions)
+        strengths = np.full((len(plans), transitions, 2), NEARLY_NOTHING if np.any(point.thresholds) else 0.0)
+        exits = np.full((len(plans), transitions), np.inf)
+        for row, plan in enumerate(plans):
+            live, counts = np.array(plan.kept[:-1], dtype=np.float64), np.array([plan.kept[1:], plan.refined[1:]]).T
+            passed = strengths[row, : len(live)]
+            passed[:] = np.maximum(1 - counts / live[:, None], passed)
+            exits[row, len(live) :] = 0.0  # it left there
+        if point.exit_confidence is None:
+            return self.look(images, strengths, rule="topk")
+        return self.run(images, strengths, exits, rule="topk").logits
 
     def _patches(self, images: Tensor) -> Tensor:
         """[B * cells, C, P, P], image after image."""
@@ -314,19 +361,44 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
             x = ll
         return torch.stack(losses).mean()
 
+    def compile(self, *args, dynamic: bool | None = True, **kwargs) -> None:
+        """Compile the blocks and transitions in place, with the options of `torch.compile`.
+
+        Choosing stays eager, so no graph depends on how many tokens an image keeps. Graphs differ by stage, by whether it is
+        scored, and by batches of one, of equal and of different counts; more room is made for them.
+        """
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
+        for part in (*self.stages, *self.transitions):
+            part.compile(*args, dynamic=dynamic, **kwargs)
+
     # ---- around the model
 
-    def thresholds(self, budget: float) -> tuple[tuple[float, float], ...]:
-        """(keep, refine) per transition for a budget, from this model's operating points."""
+    def setting(self, budget: float) -> Setting:
+        """Thresholds and exit confidence for a budget, from this model's operating points."""
         check_budget(budget)
-        if budget == 1:
-            return tuple((0.0, 0.0) for _ in self.transitions)
+        return keep_all(len(self.transitions)) if budget == 1 else self._table(f"budget={budget:g}").setting(budget)
+
+    def budget_for(self, *, ms: float | None = None, joules: float | None = None) -> float:
+        """The budget that costs so many milliseconds or joules an image on the device the model is on."""
+        table = self._table(f"ms={ms:g}" if ms is not None else f"joules={joules}")
+        return table.budget_for(describe_device(self.pos_embed.device, self.precision), ms=ms, joules=joules)
+
+    @property
+    def precision(self) -> str:
+        """The number format its products are computed in here, e.g. "float32", "int8" or, under autocast, "bfloat16"."""
+        if self.is_int8:
+            return "int8"
+        kind = self.pos_embed.device.type
+        return str(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.pos_embed.dtype)[6:]
+
+    def _table(self, asker: str) -> OperatingPoints:
         if self.points is None:
             raise ValueError(
-                f"budget={budget:g} needs operating points, and this model has none yet; measure them on held-out "
+                f"{asker} needs operating points, and this model has none yet; measure them on held-out "
                 "images with `iret calibrate MODEL --data DATA`, or give thresholds."
             )
-        return self.points.thresholds(budget)
+        return self.points
 
     def preprocess(self, images: Source | Sequence[Source] | np.ndarray) -> Float[Tensor, "B C Y X"]:
         """Photos (a path, bytes, a PIL image, or a list of these) as the model takes them, on its device."""
@@ -355,6 +427,8 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         return self.push_to_hub(repo_id or Path(save_directory).name, **push_options) if push_to_hub else None
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        if self.is_int8:
+            raise ValueError("an int8 model cannot be saved; save the model that it was made from.")
         config = {
             "format": FORMAT,
             "name": self.name,
@@ -414,3 +488,7 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
             hub_options["allow_patterns"] = [CONFIG_NAME, WEIGHTS_NAME, POINTS_NAME]
             folder = Path(snapshot_download(str(pretrained_model_name_or_path), revision=revision, **hub_options))
         return cls.from_folder(folder)
+
+
+def _to_numpy(value: object) -> object:
+    return value.detach().double().cpu().numpy() if isinstance(value, Tensor) else value

@@ -9,6 +9,9 @@ from PIL import Image
 from iret.model import Iret
 from iret.output import Trace
 from iret.runtime.cost import full_macs
+from iret.runtime.points import Setting
+
+EVERYTHING = Setting()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +43,7 @@ def predict(
     model: Iret,
     image: str | Image.Image,
     *,
-    thresholds: object = 0.0,
-    exit_confidence: float | None = None,
+    setting: Setting = EVERYTHING,
     name: str | None = None,
 ) -> tuple[Prediction, Trace]:
     """The answer for one photo, and what was looked at.
@@ -51,7 +53,7 @@ def predict(
     """
     x = model.preprocess(image)
     started = time.perf_counter()
-    out = model.run(x, thresholds, exit_confidence)
+    out = model.run(x, setting.thresholds, setting.exit_confidence, rule=setting.rule, control=setting.control)
     confidence, index = out.logits.softmax(1).max(1)
     best = int(index)  # reading it waits for the device
     time_s = time.perf_counter() - started

@@ -4,7 +4,7 @@ Importance lives on the grid, float [B, cells], -inf where no live patch is; so 
 rules are those of `iret.runtime.keep`, which says what they mean and which these are tested against.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -114,19 +114,20 @@ def select(tokens: Tokens, kept: Bool[Tensor, "B cells"], masked: bool = False) 
         stays = stays[tokens.grid_index(num_cells)]
     if masked:
         size = torch.ones_like(stays, dtype=torch.float32) if tokens.size_T is None else tokens.size_T
-        return Tokens(tokens.x_TD, tokens.cell_T, tokens.starts, tokens.is_even, size * stays)
+        return replace(tokens, size_T=size * stays)
     index = stays.nonzero().squeeze(1)
     if batch == 1:
-        starts, is_even = torch.tensor([0, len(index)], device=index.device), True
+        starts, most = torch.tensor([0, len(index)], device=index.device), len(index)
     else:
         counts = with_class.sum(1)
-        starts, is_even = torch.nn.functional.pad(counts.cumsum(0), (1, 0)), bool((counts == counts[0]).all())
+        starts, most = torch.nn.functional.pad(counts.cumsum(0), (1, 0)), int(counts.max())
     return Tokens(
         x_TD=tokens.x_TD.index_select(0, index),
         cell_T=tokens.cell_T.index_select(0, index),
         starts=starts,
-        is_even=is_even,
+        is_even=most * batch == len(index),
         size_T=None if tokens.size_T is None else tokens.size_T[index],
+        most=most,
     )
 
 

@@ -25,10 +25,18 @@ class Tokens:
     starts: Int[Tensor, " B1"]  # B + 1: where each image begins, and the end
     is_even: bool  # every image has T / B tokens, known without reading `starts`
     size_T: Float[Tensor, " T"] | None = None  # patches each token stands for, 0 is masked; None: all 1
+    most: int | None = None  # tokens of the longest image, where it is known; reading it from `starts` waits for a GPU
 
     @property
     def batch_size(self) -> int:
         return self.starts.shape[0] - 1
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest image."""
+        if self.is_even:
+            return self.cell_T.shape[0] // self.batch_size
+        return int(self.starts.diff().max()) if self.most is None else self.most
 
     def with_x(self, x_TD: Float[Tensor, "T D"]) -> "Tokens":
         return replace(self, x_TD=x_TD)

@@ -1,10 +1,20 @@
 """The table of operating points: what a budget buys, what it refuses, and its file."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from iret.runtime.points import FILE_NAME, OperatingPoints, Point, check_budget
+from iret.runtime.points import (
+    FILE_NAME,
+    DeviceTable,
+    OperatingPoints,
+    Plan,
+    Point,
+    Setting,
+    check_budget,
+    frontier,
+)
 
 
 def point(macs: float, accuracy: float, *thresholds: tuple[float, float]) -> Point:
@@ -31,24 +41,43 @@ def table() -> OperatingPoints:
     ],
 )
 def test_thresholds_lie_between_those_of_the_neighbouring_points(budget, expected):
-    assert table().thresholds(budget) == (expected,)
+    assert table().setting(budget) == Setting(thresholds=(expected,))
 
 
 def test_every_transition_has_its_own_thresholds():
     points = (point(800.0, 0.9, (0.0, 0.0), (0.5, 0.5)), point(400.0, 0.7, (1.0, 1.0), (1.5, 2.5)))
-    found = OperatingPoints(data="made up", num_images=8, full_macs=1000, points=points).thresholds(0.6)
+    found = OperatingPoints(data="made up", num_images=8, full_macs=1000, points=points).setting(0.6).thresholds
     assert found == (pytest.approx((0.5, 0.5)), pytest.approx((1.0, 1.5)))
 
 
 def test_a_budget_above_the_dearest_point_takes_that_point():
     points = (point(800.0, 0.9, (0.5, 0.75)), point(400.0, 0.7, (1.0, 1.0)))
-    assert OperatingPoints(data="", num_images=1, full_macs=1000, points=points).thresholds(0.9) == ((0.5, 0.75),)
+    assert OperatingPoints(data="", num_images=1, full_macs=1000, points=points).setting(0.9).thresholds == (
+        (0.5, 0.75),
+    )
 
 
 def test_the_full_budget_keeps_everything_even_if_no_point_does():
     points = (point(800.0, 0.9, (0.5, 0.75), (1.0, 1.0)),)
-    found = OperatingPoints(data="", num_images=1, full_macs=1000, points=points).thresholds(1.0)
+    found = OperatingPoints(data="", num_images=1, full_macs=1000, points=points).setting(1.0).thresholds
     assert found == ((0.0, 0.0), (0.0, 0.0))
+
+
+def exits(*confidences: float | None) -> OperatingPoints:
+    """At shares 1, 0.5 and 0.25."""
+    points = tuple(
+        replace(point(macs, 0.5, (0.0, 0.0)), exit_confidence=confidence)
+        for macs, confidence in zip((1000.0, 500.0, 250.0), confidences, strict=True)
+    )
+    return OperatingPoints(data="", num_images=1, full_macs=1000, points=points)
+
+
+def test_the_exit_confidence_lies_between_those_of_the_neighbours_and_none_counts_as_one():
+    table = exits(None, 0.8, 0.6)
+    assert table.setting(1.0).exit_confidence is None
+    assert table.setting(0.75).exit_confidence == pytest.approx(0.9)
+    assert table.setting(0.375).exit_confidence == pytest.approx(0.7)
+    assert exits(None, None, 0.6).setting(0.6).exit_confidence is None
 
 
 def test_a_budget_below_the_cheapest_point_names_it():
@@ -56,7 +85,7 @@ def test_a_budget_below_the_cheapest_point_names_it():
     with pytest.raises(
         ValueError, match=r"budget=0.2 is below the cheapest .* 0.250 of its MACs; ask for .*\(2.0, 3.0\)"
     ):
-        table().thresholds(0.2)
+        table().setting(0.2)
 
 
 @pytest.mark.parametrize("budget", [0.0, -0.5, 1.01, float("nan"), float("inf")])
@@ -64,10 +93,112 @@ def test_a_budget_outside_zero_to_one_is_refused(budget):
     with pytest.raises(ValueError, match=r"is outside \(0, 1\]; it is a share of the full model's MACs"):
         check_budget(budget)
     with pytest.raises(ValueError, match=r"is outside \(0, 1\]"):
-        table().thresholds(budget)
+        table().setting(budget)
+
+
+# ---- what milliseconds and joules buy
+
+
+def timed(ms: tuple[float, ...] = (10.0, 6.0, 2.0), device: str = "chip, 1 thread, float32") -> DeviceTable:
+    return DeviceTable(
+        device=device,
+        ms_mean=ms,
+        ms_p50=ms,
+        ms_p95=ms,
+        joules=tuple(each / 100 for each in ms),
+        energy_source="made up",
+        energy_scope="all",
+        energy_kind="estimated",
+        rounds=3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("ms", "budget"), [(2.0, 0.25), (4.0, 0.375), (6.0, 0.5), (8.0, 0.75), (10.0, 1.0), (99.0, 1.0)]
+)
+def test_milliseconds_and_joules_are_a_budget_on_the_chord_between_points(ms, budget):
+    found = table().with_device(timed())
+    assert found.budget_for(timed().device, ms=ms) == pytest.approx(budget)
+    assert found.budget_for(timed().device, joules=ms / 100) == pytest.approx(budget)
+
+
+def test_a_dearer_point_that_is_faster_is_taken():
+    found = table().with_device(timed((5.0, 6.0, 2.0)))  # everything kept is faster than choosing
+    assert found.budget_for(timed().device, ms=5.5) == 1.0
+    assert found.budget_for(timed().device, ms=4.0) == pytest.approx(0.375)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"ms": 1.9}, "ms=1.9 is below the cheapest operating point on this device, 2"),
+        ({"joules": 0.01}, "joules=0.01 is below the cheapest"),
+        ({"ms": 0.0}, "must be above 0"),
+        ({"ms": float("nan")}, "must be above 0"),
+        ({}, "give one of ms and joules"),
+        ({"ms": 3.0, "joules": 1.0}, "give one of ms and joules"),
+    ],
+)
+def test_what_milliseconds_cannot_buy_is_refused(asked, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        table().with_device(timed()).budget_for(timed().device, **asked)
+
+
+def test_another_device_is_refused_and_the_known_ones_are_named():
+    found = table().with_device(timed()).with_device(timed(device="other"))
+    with pytest.raises(
+        ValueError, match=r"no clock .* \(mine\); known: chip, 1 thread, float32; other\. .*--device-only"
+    ):
+        found.budget_for("mine", ms=3.0)
+
+
+def test_a_device_measured_again_replaces_its_columns():
+    found = table().with_device(timed()).with_device(timed(device="other")).with_device(timed((9.0, 5.0, 1.0)))
+    assert [each.device for each in found.devices] == ["other", timed().device]
+    assert found.table_of(timed().device).ms_mean == (9.0, 5.0, 1.0)
+
+
+def test_columns_of_another_length_are_refused():
+    with pytest.raises(ValueError, match=r"columns of device .* do not have 3 entries"):
+        table().with_device(timed((1.0, 2.0)))
+
+
+# ---- what a controller chooses from
+
+
+def test_the_menu_is_the_table_from_the_cheapest():
+    menu = table().with_device(timed()).menu(timed().device, idle_watts=0.5)
+    assert menu.budget == (0.25, 0.5, 1.0)
+    assert menu.accuracy == (0.6, 0.8, 0.9)
+    assert menu.ms == menu.ms_p95 == (2.0, 6.0, 10.0)
+    assert menu.joules == pytest.approx((0.02, 0.06, 0.1))
+    assert menu.idle_watts == 0.5
+    with pytest.raises(ValueError, match="no clock"):
+        table().menu("other")
+
+
+def test_a_cliff_is_a_step_of_the_menu_as_it_is_of_the_settings():
+    points = (point(100.0, 0.9, (0.0, 0.0)), point(90.0, 0.8, (0.69, 0.69)), point(20.0, 0.5, (0.7, 0.7)))
+    found = OperatingPoints(data="", num_images=1, full_macs=100, points=points).with_device(timed())
+    menu = found.menu(timed().device)
+    assert menu.budget == pytest.approx((0.2, 0.9 - 1e-6, 0.9, 1.0), abs=1e-9)
+    assert menu.accuracy == (0.5, 0.5, 0.8, 0.9)
+    assert menu.ms == (2.0, 2.0, 6.0, 10.0)
 
 
 # ---- the table
+
+
+def test_the_frontier_is_what_nobody_cheaper_beats_beyond_noise_and_the_dearest():
+    cheap, good, worse, whole = point(1.0, 0.5), point(3.0, 0.8), point(4.0, 0.7), point(5.0, 0.79)
+    assert frontier([worse, whole, cheap, good], 1000) == (whole, good, cheap)
+    assert frontier([worse, whole, cheap, good], 100) == (whole, worse, good, cheap)  # 10 points apart, interval 12
+    assert frontier([worse, cheap, good], 1000) == (worse, good, cheap)
+    assert frontier([cheap], 1000) == (cheap,)
+
+
+def test_of_points_that_cost_the_same_the_most_accurate_is_served():
+    assert frontier([point(3.0, 0.7), point(3.0, 0.8), point(9.0, 0.9)], 100) == (point(9.0, 0.9), point(3.0, 0.8))
 
 
 def test_points_out_of_order_are_refused():
@@ -86,17 +217,25 @@ def test_at_a_cliff_between_points_the_cheaper_one_is_taken():
     ladder = ((100.0, 0.0), (95.0, 0.69), (20.0, 0.7), (10.0, 2.0))
     points = tuple(point(macs, 0.5, (rung, rung)) for macs, rung in ladder)
     table = OperatingPoints(data="made up", num_images=1, full_macs=100, points=points)
-    assert table.thresholds(0.5) == points[2].thresholds
-    assert table.thresholds(0.95) == points[1].thresholds
-    assert table.thresholds(0.15)[0][0] == pytest.approx(1.35)
+    assert table.setting(0.5).thresholds == points[2].thresholds
+    assert table.setting(0.95).thresholds == points[1].thresholds
+    assert table.setting(0.15).thresholds[0][0] == pytest.approx(1.35)
 
 
 # ---- the file
 
 
 def test_a_table_survives_its_file(tmp_path):
-    (tmp_path / FILE_NAME).write_text(table().to_json())
-    assert OperatingPoints.read(tmp_path) == table()
+    plan = Plan((64, 30), (0, 12))
+    points = tuple(replace(each, plans=(plan,), exit_confidence=0.5) for each in table().points)
+    whole = replace(table(), points=points).with_device(timed())
+    (tmp_path / FILE_NAME).write_text(whole.to_json())
+    assert OperatingPoints.read(tmp_path) == whole
+    assert len(whole.to_json().splitlines()) < 20  # one point a line
+
+
+def test_a_plan_says_how_many_stages_ran():
+    assert Plan((64, 30), (0, 12)).stages_run == 2
 
 
 def test_no_file_is_no_table(tmp_path):
@@ -113,7 +252,7 @@ def change(**fields) -> str:
         "",
         "[]",
         table().to_json()[:-20],
-        change(format=2),
+        change(format=1),
         change(points=[]),
         change(points=[{}]),
         change(points=3),

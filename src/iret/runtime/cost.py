@@ -7,6 +7,7 @@ reports twice this number) and of fvcore. Norms, softmax, GELU and sums are not 
 Counts may be Python ints or integer arrays of any shape, one entry per image. Read next: `points`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -208,3 +209,25 @@ def full_macs(shape: Shape) -> int:
         int(stage_macs(shape, stage, every, every, scored=False, head=stage == num_stages - 1))
         for stage in range(num_stages)
     )
+
+
+def plan_macs(shape: Shape, kept: Sequence[int], refined: Sequence[int], *, scored: bool) -> int:
+    """MACs of one image that passed `len(kept)` stages with so many patches kept and refined in each."""
+    missing = (0,) * (len(shape.depths) - len(kept))
+    columns = (np.array([*counts, *missing])[:, None] for counts in (kept, refined))
+    return int(macs(shape, *columns, scored=scored, stages_run=np.array([len(kept)]))[0])
+
+
+def numbers_moved(shape: Shape, kept: Sequence[int]) -> int:
+    """Numbers to and from memory for one image that passed `len(kept)` stages at batch 1, `kept` patches in each.
+
+    Every weight of a linear layer is read once, every input and output of one is moved once; all else stays on the chip.
+    """
+    total = shape.num_patches * (shape.in_chans * shape.patch_size**2 + shape.embed_dims[0])
+    for stage, patches in enumerate(kept):
+        dim, ratio = shape.embed_dims[stage], shape.mlp_ratio
+        total += shape.depths[stage] * ((4 + 2 * ratio) * dim * dim + (8 + 2 * ratio) * (patches + 1) * dim)
+        if stage:
+            before = shape.embed_dims[stage - 1]
+            total += before * dim + (patches + 1) * (before + dim)
+    return total

@@ -13,6 +13,7 @@ Source: the threshold is IRET's (GLSVLSI 2024, abstract); mass and top-k are the
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +80,41 @@ def read_strengths(value: object, batch: int, transitions: int, rule: str = "thr
         raise ValueError(f"thresholds={value!r} holds something that is not a number or a pair of numbers.") from error
     rows = _read_pairs(numbers, transitions, rule)
     return np.broadcast_to(rows, (batch, transitions, 2))
+
+
+def read_exits(value: object, batch: int, transitions: int) -> np.ndarray | None:
+    """Confidences [B, transitions] at which an image leaves after a stage, from what a user may write; None: nobody does.
+
+    One number, or a sequence of one per stage but the last (None: nobody leaves there), or an array [B] or
+    [B, transitions], one row an image, where infinity stands for None.
+    """
+    if value is None:
+        return None
+    if isinstance(value, np.ndarray) and value.ndim > 0:
+        exits = value.astype(np.float64)
+        if exits.shape == (batch,):
+            exits = np.repeat(exits[:, None], transitions, axis=1)
+        if exits.shape != (batch, transitions):
+            raise ValueError(
+                f"exit_confidence of shape {exits.shape} does not fit; give {(batch,)} or {(batch, transitions)}, one row "
+                "an image."
+            )
+    else:
+        entries: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value] * transitions
+        if len(entries) != transitions:
+            raise ValueError(
+                f"{len(entries)} exit confidences were given, but {transitions} stages can be left; give one number "
+                f"for all or {transitions} entries."
+            )
+        try:
+            row = [np.inf if entry is None else float(entry) for entry in entries]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"exit_confidence={value!r} holds something that is not a number.") from error
+        exits = np.broadcast_to(row, (batch, transitions))
+    if not (exits >= 0).all():  # false for NaN, too
+        bad = exits[~(exits >= 0)].flat[0]
+        raise ValueError(f"exit_confidence={bad:g} must be 0 (leave at once) or more; above 1 nobody leaves.")
+    return exits
 
 
 @lru_cache(maxsize=128)  # a fixed setting is read again for every image

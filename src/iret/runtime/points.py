@@ -1,20 +1,50 @@
-"""Operating points: the table thresholds -> accuracy and MACs of one checkpoint, measured on held-out images.
+"""Operating points: the table thresholds -> accuracy, MACs, milliseconds and joules of one checkpoint.
 
-`budget=0.4` asks for 40 % of the full model's MACs in the mean; the table says which thresholds give that. It lies beside
-the weights as `points.json` and is written by `iret train` and `iret calibrate`.
+`budget=0.4` asks for 40 % of the full model's MACs in the mean; the table says which thresholds give that. `ms=` and
+`joules=` are looked up in the columns of the device at hand and become a budget. The table lies beside the weights as
+`points.json` and is written by `iret train` and `iret calibrate`: accuracy and MACs are facts about the weights and travel,
+the columns of a `DeviceTable` hold for one machine and are measured again on another.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-FORMAT = 1
+from iret.runtime.controller import Menu
+
+FORMAT = 2
 FILE_NAME = "points.json"
 BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)  # that cards, `iret eval` and the demo show
+PRECISIONS = ("float32", "bfloat16", "int8")  # number formats that a device can be measured in
 CLIFF_SHARE, CLIFF_STEP = 0.1, 0.02  # so much of the full MACs on so little of the threshold is a cliff
+BESIDE = 1e-6  # share of the MACs between the edge of a cliff and its foot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How to run a model; see `Iret.run`."""
+
+    thresholds: object = 0.0
+    exit_confidence: float | None = None
+    rule: str = "threshold"
+    control: str = "attention"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one held-out image did: patches kept and refined in each stage it passed, from the first."""
+
+    kept: tuple[int, ...]
+    refined: tuple[int, ...]
+
+    @property
+    def stages_run(self) -> int:
+        return len(self.kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,20 +52,62 @@ class Point:
     """One setting and what it gave: accuracy in [0, 1], MACs and patches an image, in the mean unless named otherwise."""
 
     thresholds: tuple[tuple[float, float], ...]  # (keep, refine) per transition
+    exit_confidence: float | None = None
     accuracy: float
     macs_mean: float
     macs_p95: float
     kept_mean: tuple[float, ...]  # patches in each stage
+    plans: tuple[Plan, ...] = ()  # a sample of images, even over their MACs: what a clock is measured on
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "Point":
+        """From JSON, where tuples are lists."""
+        return cls(
+            **raw
+            | {
+                "thresholds": tuple((float(keep), float(refine)) for keep, refine in raw["thresholds"]),
+                "kept_mean": tuple(raw["kept_mean"]),
+                "plans": tuple(Plan(tuple(kept), tuple(refined)) for kept, refined in raw.get("plans", ())),
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """`from_dict` reads it."""
+        return asdict(self) | {"plans": [(plan.kept, plan.refined) for plan in self.plans]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceTable:
+    """What the points cost on one device at batch 1, an entry per point."""
+
+    device: str  # processor, threads and number format
+    ms_mean: tuple[float, ...]
+    ms_p50: tuple[float, ...]
+    ms_p95: tuple[float, ...]
+    joules: tuple[float, ...]  # an image
+    energy_source: str
+    energy_scope: str
+    energy_kind: str  # "measured" or "estimated"
+    rounds: int
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "DeviceTable":
+        """From JSON, where tuples are lists."""
+        fixed: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()
+        }
+        return cls(**fixed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPoints:
-    """Points of one model, dearest first."""
+    """Points of one model, dearest first; `frontier` says which are worth serving."""
 
     data: str  # what it was measured on
     num_images: int
     full_macs: int  # of `model(images)`; a budget is a share of it
     points: tuple[Point, ...]
+    devices: tuple[DeviceTable, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.points:
@@ -43,23 +115,37 @@ class OperatingPoints:
         macs = [point.macs_mean for point in self.points]
         if macs != sorted(macs, reverse=True):
             raise ValueError("operating points must be ordered from the dearest to the cheapest.")
+        for table in self.devices:
+            columns = (table.ms_mean, table.ms_p50, table.ms_p95, table.joules)
+            if any(len(column) != len(self.points) for column in columns):
+                raise ValueError(f"the columns of device {table.device!r} do not have {len(self.points)} entries.")
 
     @property
     def cheapest_budget(self) -> float:
         return self.points[-1].macs_mean / self.full_macs
 
     @cached_property
-    def _ladder(self) -> tuple[np.ndarray, np.ndarray]:
-        """Cheapest first: shares of the full MACs [points], thresholds [points, 2 transitions]."""
-        shares = np.array([point.macs_mean / self.full_macs for point in self.points])[::-1]
-        return shares, np.array([point.thresholds for point in self.points])[::-1].reshape(len(shares), -1)
+    def shares(self) -> np.ndarray:
+        """Of the full MACs, cheapest first, in (0, 1]."""
+        return np.array([min(1.0, point.macs_mean / self.full_macs) for point in self.points])[::-1]
+
+    @cached_property
+    def _ladder(self) -> np.ndarray:
+        """Cheapest first: [points, 2 transitions + 1], thresholds and the confidence at which an image leaves."""
+        rows = [
+            (*np.ravel(point.thresholds), 1.0 if point.exit_confidence is None else point.exit_confidence)
+            for point in self.points
+        ]
+        return np.array(rows, dtype=np.float64)[::-1]
 
     def fit(self, full_macs: int, num_transitions: int) -> bool:
         """Whether they are those of a model of this cost and number of transitions."""
         return self.full_macs == full_macs and all(len(point.thresholds) == num_transitions for point in self.points)
 
-    def thresholds(self, budget: float) -> tuple[tuple[float, float], ...]:
-        """Thresholds whose mean MACs are `budget` in (0, 1] times the full model's, interpolated between points.
+    # ---- from a budget to a setting
+
+    def setting(self, budget: float) -> Setting:
+        """The setting whose mean MACs are `budget` in (0, 1] times the full model's, interpolated between points.
 
         Where a hair of threshold drops much, nothing between can be relied on, and the cheaper of the two points is taken.
 
@@ -68,23 +154,100 @@ class OperatingPoints:
         """
         check_budget(budget)
         if budget == 1:
-            return tuple((0.0, 0.0) for _ in self.points[0].thresholds)
+            return keep_all(len(self.points[0].thresholds))
         if budget < self.cheapest_budget:
             raise ValueError(
                 f"budget={budget:g} is below the cheapest operating point of this model, "
                 f"{self.cheapest_budget:.3f} of its MACs; ask for that or more, or give thresholds above "
                 f"{self.points[-1].thresholds}."
             )
-        shares, flat = self._ladder
+        shares, ladder = self.shares, self._ladder
         above = int(np.searchsorted(shares, budget, side="right"))
-        if 0 < above < len(shares) and shares[above] - shares[above - 1] > CLIFF_SHARE:
-            if np.abs(flat[above] - flat[above - 1]).max() < CLIFF_STEP:
-                budget = shares[above - 1]
-        found = np.array([np.interp(budget, shares, column) for column in flat.T]).reshape(-1, 2)
-        return tuple((float(keep), float(refine)) for keep, refine in found)
+        if 0 < above < len(shares) and self._is_cliff(above):
+            budget = shares[above - 1]
+        *flat, confidence = (float(np.interp(budget, shares, column)) for column in ladder.T)
+        return Setting(
+            thresholds=tuple(zip(flat[::2], flat[1::2], strict=True)),
+            exit_confidence=confidence if confidence < 1 else None,
+        )
+
+    # ---- from milliseconds or joules to a budget
+
+    def table_of(self, device: str) -> DeviceTable:
+        """Raises ValueError unless this device was measured."""
+        for table in self.devices:
+            if table.device == device:
+                return table
+        known = "; ".join(table.device for table in self.devices) or "none"
+        raise ValueError(
+            f"no clock was measured on this device ({device}); known: {known}. Measure it with "
+            "`iret calibrate MODEL --device-only`."
+        )
+
+    def with_device(self, table: DeviceTable) -> "OperatingPoints":
+        """This table with the columns of a device added or replaced."""
+        others = tuple(other for other in self.devices if other.device != table.device)
+        return replace(self, devices=(*others, table))
+
+    def budget_for(self, device: str, *, ms: float | None = None, joules: float | None = None) -> float:
+        """The largest budget whose mean cost an image on `device` is at most `ms` milliseconds or `joules` joules.
+
+        Raises:
+            ValueError: not exactly one of the two, not positive, below the cheapest point, or a device without columns.
+        """
+        if (ms is None) == (joules is None):
+            raise ValueError("give one of ms and joules.")
+        table = self.table_of(device)
+        unit, asked, column = ("ms", ms, table.ms_mean) if joules is None else ("joules", joules, table.joules)
+        assert asked is not None
+        if not asked > 0:
+            raise ValueError(f"{unit}={asked:g} must be above 0.")
+        costs = np.array(column)[::-1]
+        if asked < costs.min():
+            raise ValueError(
+                f"{unit}={asked:g} is below the cheapest operating point on this device, {costs.min():.4g}."
+            )
+        return float(_last_at_most(self.shares, costs, asked))
+
+    def menu(self, device: str, idle_watts: float = 0.0) -> Menu:
+        """What a controller chooses from on a device that was measured; a cliff is a step there, as `setting` serves it."""
+        table = self.table_of(device)
+        accuracy = [point.accuracy for point in self.points]
+        rows = list(
+            zip(
+                self.shares.tolist(),
+                *(column[::-1] for column in (accuracy, table.ms_mean, table.ms_p95, table.joules)),
+                strict=True,
+            )
+        )
+        for above in reversed(range(1, len(rows))):
+            if self._is_cliff(above):
+                rows.insert(above, (rows[above][0] - BESIDE, *rows[above - 1][1:]))
+        return Menu(
+            **dict(zip(("budget", "accuracy", "ms", "ms_p95", "joules"), zip(*rows, strict=True), strict=True)),
+            idle_watts=idle_watts,
+        )
+
+    def _is_cliff(self, above: int) -> bool:
+        """Whether so little lies between a point (by its place from the cheapest) and the next cheaper one."""
+        shares, ladder = self.shares, self._ladder
+        return bool(
+            shares[above] - shares[above - 1] > CLIFF_SHARE
+            and np.abs(ladder[above] - ladder[above - 1]).max() < CLIFF_STEP
+        )
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        """One point a line."""
+        head = {"format": FORMAT} | {f.name: getattr(self, f.name) for f in fields(self)}
+        rows: dict[str, list[dict[str, Any]]] = {
+            "points": [point.to_dict() for point in self.points],
+            "devices": [asdict(table) for table in self.devices],
+        }
+        parts = [f'"{name}": {json.dumps(value)}' for name, value in head.items() if name not in rows]
+        for name, entries in rows.items():
+            lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
+            parts.append(f'"{name}": [\n{lines}\n ]')
+        return "{\n " + ",\n ".join(parts) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = FILE_NAME) -> "OperatingPoints":
@@ -93,15 +256,9 @@ class OperatingPoints:
             raw = json.loads(text)
             if raw.pop("format") != FORMAT:
                 raise ValueError("written by another version of iret")
-            points = tuple(
-                Point(
-                    thresholds=tuple((float(keep), float(refine)) for keep, refine in point["thresholds"]),
-                    kept_mean=tuple(point["kept_mean"]),
-                    **{f.name: point[f.name] for f in fields(Point) if f.name not in ("thresholds", "kept_mean")},
-                )
-                for point in raw.pop("points")
-            )
-            return cls(points=points, **raw)
+            points = tuple(Point.from_dict(point) for point in raw.pop("points"))
+            devices = tuple(DeviceTable.from_dict(table) for table in raw.pop("devices"))
+            return cls(points=points, devices=devices, **raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{source} is not a table of operating points ({error}); run `iret calibrate` again."
@@ -112,6 +269,39 @@ class OperatingPoints:
         """The table in a model folder, None if there is none."""
         path = folder / FILE_NAME
         return cls.from_json(path.read_bytes(), str(path)) if path.exists() else None
+
+
+def _last_at_most(positions: np.ndarray, costs: np.ndarray, limit: float) -> float:
+    """The last position on the chords through (positions, costs) whose cost is at most `limit`; some cost is."""
+    last = int(np.flatnonzero(costs <= limit)[-1])
+    if last == len(costs) - 1:
+        return positions[last]
+    rise = (limit - costs[last]) / (costs[last + 1] - costs[last])
+    return positions[last] + rise * (positions[last + 1] - positions[last])
+
+
+def frontier(points: Sequence[Point], num_images: int) -> tuple[Point, ...]:
+    """The points that none at most as dear beats in accuracy beyond noise, and one that keeps everything; dearest first.
+
+    Noise is the 95 % interval of the difference of two accuracies on `num_images` images, as if on different ones.
+    """
+    chosen: list[Point] = []
+    best: Point | None = None
+    ordered = sorted(points, key=lambda point: (point.macs_mean, -point.accuracy))
+    for point in ordered:
+        variances = [each.accuracy * (1 - each.accuracy) / num_images for each in (point, best or point)]
+        is_beaten = best is not None and best.accuracy - point.accuracy > 1.96 * sum(variances) ** 0.5
+        is_again = bool(chosen) and chosen[-1].macs_mean == point.macs_mean  # nothing more was dropped
+        if not is_again and (not is_beaten or point is ordered[-1]):
+            chosen.append(point)
+        if best is None or point.accuracy > best.accuracy:
+            best = point
+    return tuple(reversed(chosen))
+
+
+def keep_all(num_transitions: int) -> Setting:
+    """Nothing is dropped and nobody leaves early."""
+    return Setting(thresholds=((0.0, 0.0),) * num_transitions)
 
 
 def check_budget(budget: float) -> None:

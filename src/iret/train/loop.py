@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from iret.calibrate import calibrate
 from iret.doctor import processor_name
-from iret.evaluate import Setting, evaluate
+from iret.evaluate import evaluate
 from iret.model import Iret
+from iret.runtime.points import Setting
 from iret.train.augment import Augmenter
 from iret.train.checkpoint import FILE_NAME as STATE_NAME, Progress, load_state, save_state
 from iret.train.data import ImageData, make_loader, name_of, open_data

@@ -1,0 +1,188 @@
+"""Time and energy of models against their budget on this machine: interleaved, raw samples kept.
+
+A row is one model at one budget and batch size. Its work is a replay of what held-out images did at the operating point next
+to that budget (`Iret.replay`), so a batch holds as many different token counts as real images have. A model without operating
+points drops the same share of patches at every transition in every image, as many as the budget asks.
+"""
+
+import csv
+import io
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from iret import doctor
+from iret.clock import estimate_image, measure_joules, synchronizer
+from iret.measure.energy import EnergyMeter
+from iret.measure.latency import Latency, measure_latency
+from iret.model import Iret
+from iret.runtime.cost import full_macs, plan_macs
+from iret.runtime.points import Plan, Point, check_budget
+from iret.weights import write_atomically
+
+NUM_DRAWS = 8  # different batches of plans that the rounds cycle through
+
+Key = tuple[str, int, float]  # model, batch size, budget
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One candidate. `share` is the part of the MAC saving that the clock sees: (full time / time) / (full MACs / MACs)."""
+
+    model: str
+    batch: int
+    budget: float  # asked for
+    macs_share: float  # of the full model's, mean over the images timed
+    ms_p50: float  # of the whole batch
+    ms_p95: float
+    images_per_s: float  # at the median
+    speedup: float  # median over rounds of the full run's time to this one's
+    share: float
+    joules: float  # an image
+    energy_kind: str
+
+
+def make_point(model: Iret, budget: float) -> Point:
+    """The operating point next to `budget`, or one made up for a model without any.
+
+    Raises:
+        ValueError: outside (0, 1], or below what the model can do.
+    """
+    check_budget(budget)
+    if model.points is not None:
+        if budget < model.points.cheapest_budget:
+            model.setting(budget)  # refuses in its own words
+        with_plans = [point for point in model.points.points if point.plans]
+        if not with_plans:
+            raise ValueError(
+                "the operating points hold no plans to replay; run `iret calibrate MODEL --data DATA` once."
+            )
+        return min(with_plans, key=lambda point: abs(point.macs_mean / model.points.full_macs - budget))
+    shape, full = model.shape, full_macs(model.shape)
+    least = shape.min_keep / shape.num_patches
+    low, high = least, 1.0
+    for _ in range(30):  # the share kept at each transition, by bisection: MACs rise with it
+        middle = (low + high) / 2
+        low, high = (middle, high) if _uniform(model, middle).macs_mean < budget * full else (low, middle)
+    point = _uniform(model, high if budget < 1 else 1.0)
+    if point.macs_mean > 1.02 * budget * full:
+        raise ValueError(
+            f"budget={budget:g} is below what this model can do, {point.macs_mean / full:.3f} of its MACs."
+        )
+    return point
+
+
+def _uniform(model: Iret, share: float) -> Point:
+    """Every transition keeps the same share of what reached it."""
+    shape = model.shape
+    kept = tuple(max(shape.min_keep, round(shape.num_patches * share**stage)) for stage in range(len(shape.depths)))
+    threshold = 0.0 if share == 1 else 1.0
+    macs = float(plan_macs(shape, kept, kept, scored=share < 1))
+    return Point(
+        thresholds=((threshold, threshold),) * len(model.transitions),
+        accuracy=float("nan"),
+        macs_mean=macs,
+        macs_p95=macs,
+        kept_mean=tuple(map(float, kept)),
+        plans=(Plan(kept, (0, *kept[1:])),),
+    )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One model at one budget and batch size; every call replays the next batch of plans."""
+
+    model: Iret
+    images: torch.Tensor
+    point: Point
+    batches: Iterator[list[Plan]]
+    macs_share: float
+    estimate_j: float  # an image
+
+    @classmethod
+    def draw(cls, model: Iret, images: torch.Tensor, budget: float, generator: random.Random) -> "_Candidate":
+        point = _uniform(model, 1.0) if budget == 1 else make_point(model, budget)
+        drawn = [generator.choices(point.plans, k=len(images)) for _ in range(NUM_DRAWS)]
+        plans, scored = [plan for batch in drawn for plan in batch], bool(np.any(point.thresholds))
+        macs = np.mean([plan_macs(model.shape, plan.kept, plan.refined, scored=scored) for plan in plans])
+        joules = np.mean([estimate_image(model, point, plan) for plan in plans])
+        share = 1.0 if budget == 1 else float(macs) / full_macs(model.shape)
+        return cls(model, images, point, cycle(drawn), share, float(joules))
+
+    def __call__(self) -> object:
+        if not np.any(self.point.thresholds):
+            return self.model(self.images)
+        return self.model.replay(self.images, next(self.batches), self.point)
+
+
+@torch.inference_mode()
+def bench(
+    models: dict[str, Iret],
+    budgets: Sequence[float],
+    batches: Sequence[int],
+    *,
+    rounds: int,
+    warm_up: int = 3,
+    seed: int = 0,
+    meter: EnergyMeter | None = None,
+    say: Say = lambda line: None,
+) -> tuple[list[Row], dict[Key, Latency]]:
+    """Rows and raw samples of every model, batch size and budget; the full run is timed in the same rounds.
+
+    `meter` None, or one that fails: joules are estimated, of arithmetic and memory alone.
+
+    Raises:
+        ValueError: a budget that a model cannot serve.
+    """
+    generator = random.Random(seed)
+    work: dict[Key, _Candidate] = {}
+    for name, model in models.items():
+        model.eval()
+        for batch in batches:
+            images = torch.randn(batch, model.shape.in_chans, *model.shape.img_size, device=model.pos_embed.device)
+            for budget in dict.fromkeys((1.0, *budgets)):
+                work[name, batch, budget] = _Candidate.draw(model, images, budget, generator)
+    say(f"{len(work)} candidates, {warm_up} + {rounds} rounds, each timed call after an untimed one")
+    wait = synchronizer(next(iter(models.values())).pos_embed.device)
+    samples = measure_latency(work, rounds=rounds, warm_up=warm_up, lead=1, seed=seed, synchronize=wait)
+    rows = []
+    for key, latency in samples.items():
+        name, batch, budget = key
+        speedup = float(np.median(samples[name, batch, 1.0].samples_s / latency.samples_s))
+        joules, kind = measure_joules([work[key]], batch, meter, wait, work[key].estimate_j, say)
+        rows.append(
+            Row(
+                model=name,
+                batch=batch,
+                budget=budget,
+                macs_share=work[key].macs_share,
+                ms_p50=latency.p50_ms,
+                ms_p95=latency.p95_ms,
+                images_per_s=1e3 * batch / latency.p50_ms,
+                speedup=speedup,
+                share=speedup * work[key].macs_share,
+                joules=joules,
+                energy_kind=kind,
+            )
+        )
+    return rows, samples
+
+
+def save(folder: Path, command: str, rows: Sequence[Row], samples: dict[Key, Latency]) -> None:
+    """`bench.json` (rows, command, environment) and `samples.csv` (seconds of every timed call)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {"command": command, "rows": [asdict(row) for row in rows], "env": doctor.report()}
+    write_atomically(folder / "bench.json", (json.dumps(found, indent=1) + "\n").encode())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("model", "batch", "budget", "round", "seconds"))
+    for (name, batch, budget), latency in samples.items():
+        writer.writerows((name, batch, budget, index, f"{s:.9f}") for index, s in enumerate(latency.samples_s))
+    write_atomically(folder / "samples.csv", text.getvalue().encode())

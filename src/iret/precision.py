@@ -1,0 +1,82 @@
+"""Number formats: int8 linear layers and bf16 autocast, for models that are only run.
+
+`to_int8` keeps the weights of every block's linear layers in 8 bits, a scale per output channel, and rounds what enters a layer
+to 8 bits when it comes, with a scale per batch: a quarter of the weight bytes, which is what a small batch waits for, and
+integer products. Importance, norms, softmax and heads stay in float.
+
+The kernels are those of `torch.ops.quantized` (FBGEMM or oneDNN on x86, QNNPACK on ARM), eager: torchao's dynamic
+quantisation reaches their speed on a CPU only when compiled.
+"""
+
+import copy
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from iret.model import Iret
+from iret.runtime.points import PRECISIONS
+
+LAYERS = ("qkv", "proj", "fc1", "fc2")
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights, symmetric per output channel; inputs are rounded to 8 bits as they come."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "torch.quantize_per_tensor"
+            )  # going one day; no other eager kernel rounds its input
+            rounded = torch.quantize_per_channel(
+                weight, scales, torch.zeros(len(scales), dtype=torch.int64), 0, torch.qint8
+            )
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        # without reduce_range the products of AVX2 machines could overflow 16 bits; those with VNNI add in 32
+        return torch.ops.quantized.linear_dynamic(x, self.packed, torch.backends.cpu.get_cpu_capability() == "AVX2")
+
+
+def to_int8(model: Iret) -> Iret:
+    """A copy of `model` on CPU, in eval mode, with int8 linear layers in its blocks; it can be run, not trained or saved.
+
+    Raises:
+        ValueError: this build of torch has no int8 kernels, or the model is not on a CPU.
+    """
+    if model.pos_embed.device.type != "cpu":
+        raise ValueError("int8 runs on a CPU; on an accelerator take bfloat16.")
+    engines = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
+    if not engines:
+        raise ValueError("this build of torch has no int8 kernels; take float32 or bfloat16.")
+    quantised = copy.deepcopy(model).eval().requires_grad_(False)
+    for stage in quantised.stages:
+        for block in stage.blocks:
+            for part in (block.attn, block.mlp):
+                for name in LAYERS:
+                    if hasattr(part, name):
+                        setattr(part, name, Int8Linear(getattr(part, name)))
+    quantised.is_int8 = True
+    return quantised
+
+
+def prepare(model: Iret, precision: str) -> tuple[Iret, AbstractContextManager]:
+    """The model and the context to run it in for a precision of `PRECISIONS`.
+
+    Raises:
+        ValueError: an unknown precision, or one that the device does not have.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is unknown; choose from {', '.join(PRECISIONS)}.")
+    if precision == "int8":
+        return to_int8(model), nullcontext()
+    if precision == "bfloat16":
+        return model, torch.autocast(model.pos_embed.device.type, torch.bfloat16)
+    return model, nullcontext()

@@ -1,0 +1,174 @@
+"""Running estimates under the controller: what is left, what can still come, what things cost here, how hot it is.
+
+Each takes readings that may be missing or wrong and appends a sentence to `doubts` where it does not believe one.
+What is believed when, and why, stands at `iret.runtime.controller.Controller`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+PRIOR_IMAGES = 10  # at first demand and costs are believed as stated; this many images weigh as much as that belief
+SMOOTHING = {"joules": 0.01, "ms": 0.05}  # weight of one image in measured / predicted; the gauge corrects joules too
+FACTORS = 0.25, 4.0  # believable measured / predicted
+SETTLE_IMAGES = 16  # a gauge above the reckoning is believed after falling plausibly for so long
+STUCK_SHARE = 0.03  # a gauge that stands while this share of the battery is used is called stuck
+HEAT_MARGIN_K = 5.0  # below the cap the cost is taken back in proportion
+HEAT_RECOVERY = 0.2  # share of the margin it has to cool before it may cost more again
+HEAT_STALE_S = 60.0  # without a reading for so long, the cap is assumed to be reached
+CELSIUS = -40.0, 150.0  # outside it is a sensor's error code
+
+
+def read_number(value: object) -> float | None:
+    """A finite number of 0 or more, else None."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return number if 0 <= number < math.inf else None
+
+
+class Factor:
+    """Measured / predicted of one measure: at first a plain mean, then exponentially weighted."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.value, self._count = name, 1.0, PRIOR_IMAGES
+
+    def take(self, measured: float | None, table: float, images: int, doubts: list[str]) -> float:
+        """Learn from one measurement of what the table puts at `table`; returns what to believe it was."""
+        number = read_number(measured)
+        if not number or math.isnan(table):  # 0 is a meter that sleeps
+            if measured is not None and not number:
+                doubts.append(f"{self.name} measured as {measured}")
+            return table * self.value
+        ratio = min(max(number / table, FACTORS[0]), FACTORS[1])
+        if ratio != number / table:
+            doubts.append(f"{self.name} measured at {number / table:.3g} times the table's")
+        # Clipped, not a median: costs are skewed, and the median of skewed costs is not their mean.
+        bounded = min(max(ratio, self.value / 2), self.value * 2)
+        self._count += images
+        weight = max(images / self._count, 1 - (1 - SMOOTHING[self.name]) ** images)
+        self.value += weight * (bounded - self.value)
+        return table * ratio
+
+
+class Thermometer:
+    """The median of the last three readings, and how much of the range of costs it leaves."""
+
+    def __init__(self, cap: float) -> None:
+        self.cap, self.celsius, self._share, self._age_s = cap, math.nan, 0.0, math.inf
+        self._recent: list[float] = []
+        self._last_s = -math.inf
+
+    def take(self, celsius: float | None, time_s: float, doubts: list[str]) -> None:
+        try:
+            value = math.nan if celsius is None else float(celsius)
+        except (TypeError, ValueError):
+            value = math.nan
+        if CELSIUS[0] <= value <= CELSIUS[1]:
+            self._recent, self._last_s = [*self._recent[-2:], value], time_s
+            self.celsius = sorted(self._recent)[len(self._recent) // 2]
+        else:
+            doubts.append(f"temperature read as {celsius}")
+        self._age_s = time_s - self._last_s
+
+    @property
+    def is_stale(self) -> bool:
+        return self._age_s > HEAT_STALE_S
+
+    @property
+    def is_over(self) -> bool:
+        return self.celsius > self.cap
+
+    @property
+    def reason(self) -> str:
+        if self.is_stale:
+            return "temperature: no reading, so the cap is assumed to be reached"
+        return f"temperature: {self.celsius:.1f} C, {self.cap:g} C allowed"
+
+    def limit(self, cheapest: float, dearest: float) -> float:
+        """The cost to stay under: the dearest up to the margin below the cap, the cheapest at the cap."""
+        share = 0.0 if self.is_stale else min(max((self.cap - self.celsius) / HEAT_MARGIN_K, 0.0), 1.0)
+        if share < self._share or share >= min(1.0, self._share + HEAT_RECOVERY):
+            self._share = share
+        return cheapest + self._share * (dearest - cheapest)
+
+
+class Battery:
+    """Joules left, never more than a truthful gauge says; None while nobody has said anything."""
+
+    def __init__(self, full_joules: float | None) -> None:
+        self.left = self._full = full_joules
+        self._mark: float | None = None  # a reading, and what was reckoned to be used since
+        self._used, self._images, self._highest, self._last = 0.0, 0, 0.0, math.inf
+
+    def spend(self, used: float, images: int) -> None:
+        if self.left is not None:
+            self.left = max(0.0, self.left - used)
+        self._used, self._images = self._used + used, self._images + images
+
+    def read(self, joules: float | None, share: float | None, doubts: list[str]) -> tuple[float, int] | None:
+        """Believe the gauge at once if it is below the reckoning, else after it has fallen plausibly for a while.
+
+        Returns, each time it has, the fall over what was reckoned, and over how many images.
+        """
+        gauge = read_number(joules)
+        if gauge is None and self._full is not None:
+            part = read_number(share)
+            gauge = part * self._full if part is not None and part <= 1 else None
+        if gauge is None:
+            if joules is not None or share is not None:
+                doubts.append(f"battery read as {joules} J, share {share} of {self._full} J")
+            return None
+        if self.left is None or gauge < self.left:
+            self.left = gauge
+        moves, self._last, self._highest = gauge < self._last, gauge, max(self._highest, gauge)
+        fall, used, images = math.inf if self._mark is None else self._mark - gauge, self._used, self._images
+        if 0 <= fall <= FACTORS[1] * used:
+            if moves and images >= SETTLE_IMAGES and fall >= FACTORS[0] * used:
+                self._mark, self._used, self._images, self.left = gauge, 0.0, 0, gauge
+                return fall / used, images
+            if fall == 0 and used > STUCK_SHARE * self._highest:
+                doubts.append("the battery gauge does not move; energy is reckoned instead")
+            return None
+        if fall < 0:
+            doubts.append("the battery gauge rose; it is believed once it falls again as it should")
+        self._mark, self._used, self._images = gauge, 0.0, 0
+        return None
+
+
+class Demand:
+    """The stated demand as a token bucket, and how much of it comes in fact."""
+
+    def __init__(self, hours: float, images_per_second: float, burst: float, profile: Sequence[float]) -> None:
+        self.end_s, self.time_s = 3600 * hours, 0.0
+        self.stated = self.end_s * images_per_second  # images of the day
+        self.all = self.stated + burst  # most that can come
+        slices = np.array(profile or (1.0,))
+        self._slices: list[float] = (slices / slices.sum()).tolist()
+        self._ahead = [0.0, *np.cumsum(self._slices).tolist()]  # share of the demand that comes before each slice
+        self._burst = self._tokens = burst
+        self._count, self._share = 0, 0.0
+
+    def take(self, time_s: float, images: int, doubts: list[str]) -> None:
+        """Go on to `time_s`; `images` came since."""
+        before, self.time_s = self._share, min(time_s, self.end_s)
+        whole, part = divmod(self.time_s / self.end_s * len(self._slices), 1.0)
+        self._share = self._ahead[int(whole)] + part * (self._slices[int(whole)] if part else 0.0)
+        self._count += images
+        tokens = self._tokens + self.stated * (self._share - before) - images
+        if tokens < -1e-6 and time_s < self.end_s:
+            doubts.append("more images come than the goal states")
+        self._tokens = min(max(tokens, 0.0), self._burst)
+
+    @property
+    def most(self) -> float:
+        """Images that can still come."""
+        return self.stated * (1 - self._share) + self._tokens
+
+    @property
+    def expected(self) -> float:
+        """Images that come if the rest of the day is thinned from the stated demand as it was so far."""
+        seen = (self._count + PRIOR_IMAGES) / (self.stated * self._share + PRIOR_IMAGES)
+        return seen * self.stated * (1 - self._share)

@@ -1,0 +1,90 @@
+"""What all verbs share: how they speak, and what they check before any work is lost.
+
+Tables go to stderr; with `--json` one JSON object goes to stdout and nothing else.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def fail(sentence: str, status: int = 2) -> int:
+    print(f"iret: {' '.join(sentence.split())}", file=sys.stderr)
+    return status
+
+
+def say(text: str = "") -> None:
+    print(text, file=sys.stderr)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain aligned table on stderr; the first column is left-aligned."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    for row in [columns, *rows]:
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        say("  ".join(cells).rstrip())
+
+
+def check_device(name: str) -> str:
+    """Raises ValueError for a device that models do not run on here; torch itself has several ways to fail."""
+    import torch
+
+    try:
+        is_known = torch.device(name).type in ("cpu", "cuda", "mps")
+        torch.empty(0, device=name if is_known else "cpu")
+    except (RuntimeError, AssertionError):
+        is_known = False
+    if not is_known:
+        raise ValueError(f"device {name!r} cannot be used here; `iret doctor` lists those that can.")
+    return name
+
+
+def check_picture(path: str | None) -> None:
+    """Raises ValueError for a picture that could not be written, before any work is lost."""
+    from PIL import Image
+
+    if path is None:
+        return
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{path} cannot be written: the folder {Path(path).parent} does not exist; make it first.")
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path} is no kind of picture that can be written; end its name in .png.")
+
+
+def open_data(args: argparse.Namespace, split: str, model):
+    from iret.train.data import open_data
+
+    return open_data(args.data, split, model.preprocessing, on_corrupt=args.on_corrupt, label_column=args.label_column)
+
+
+def set_threads(count: int | None) -> None:
+    """Raises ValueError unless `count` is None (torch decides) or 1 or more."""
+    import torch
+
+    if count is None:
+        return
+    if count < 1:
+        raise ValueError(f"--threads {count} must be 1 or more.")
+    torch.set_num_threads(count)
+
+
+def choose_meter(args: argparse.Namespace):
+    """The meter of --meter; "auto" on a GPU is the GPU's own, where there is one.
+
+    Raises:
+        EnergyError: no such meter, or it cannot be used here.
+    """
+    from iret.measure.energy import EnergyError
+    from iret.measure.sources import open_meter
+
+    if args.meter == "auto" and args.device.startswith("cuda"):
+        try:
+            return open_meter("nvml")
+        except EnergyError as error:
+            say(f"energy is estimated: {error}")
+            return open_meter("estimate")
+    return open_meter(args.meter)

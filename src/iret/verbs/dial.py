@@ -1,0 +1,212 @@
+"""`calibrate`, `bench`, `simulate`: what the dial gives, what it costs here, and how a controller turns it."""
+
+import argparse
+import json
+import shlex
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+from iret.verbs.console import check_device, check_picture, choose_meter, fail, open_data, print_table, say, set_threads
+
+SEARCH_NAME = "search.jsonl"
+
+
+def do_calibrate(args: argparse.Namespace) -> int:
+    from iret.clock import measure_device
+    from iret.draw import draw_search
+    from iret.precision import prepare
+    from iret.runtime.points import FILE_NAME
+    from iret.weights import write_atomically
+    from iret.zoo import load
+
+    check_picture(args.show)
+    set_threads(args.threads)
+    loaded = load(args.model).to(check_device(args.device))
+    model, context = prepare(loaded, args.precision)
+    meter, folder = choose_meter(args), Path(args.out or args.model)
+    if args.out is None and not folder.is_dir():
+        raise ValueError(f"{args.model} is no folder of yours to write {FILE_NAME} into; name a new one with --out.")
+    with context:
+        try:
+            points = _find_points(args, model, folder)
+        except KeyboardInterrupt:
+            return fail("stopped; what was measured is kept, and the same command goes on.", 130)
+        table, _ = measure_device(model, points, meter, say)
+    loaded.points = points.with_device(table)
+    if folder.resolve() == Path(args.model).resolve():
+        write_atomically(folder / FILE_NAME, loaded.points.to_json().encode())
+    else:
+        loaded.save_pretrained(folder)
+    if args.show:
+        draw_search(loaded.points, folder / SEARCH_NAME, Path(args.show))
+    if args.json:
+        print(json.dumps(asdict(loaded.points)))
+        return 0
+    _print_points(loaded.points, table)
+    say(f"{len(points.points)} operating points on {points.num_images} held-out images: {folder / FILE_NAME}")
+    return 0
+
+
+def _find_points(args: argparse.Namespace, model, folder: Path):
+    """Those the model has, with --device-only; else from a search on held-out images."""
+    from iret.calibrate import calibrate
+    from iret.train.data import name_of
+
+    if args.device_only:
+        if model.points is None:
+            raise ValueError(
+                f"{args.model} has no operating points to measure; run `iret calibrate` with --data first."
+            )
+        return model.points
+    if args.data is None:
+        raise ValueError(
+            "operating points are found on held-out images; give --data, or --device-only for the clock alone."
+        )
+    data = open_data(args, "val", model)
+    folder.mkdir(parents=True, exist_ok=True)
+    return calibrate(
+        model,
+        data,
+        data_name=name_of(args.data),
+        max_images=args.max_images,
+        workers=args.workers,
+        trials=args.trials,
+        memory_path=folder / SEARCH_NAME,
+        say=say,
+    )
+
+
+def _print_points(points, table) -> None:
+    say(f"ms and joules an image at batch 1 on {table.device}; joules {table.energy_kind}: {table.energy_scope}")
+    print_table(
+        ("keep thresholds", "leave at", "top-1", "of full", "p95", "ms", "p95", "mJ"),
+        [
+            (
+                " ".join(
+                    f"{keep:.3g}" if keep == refine else f"{keep:.3g}:{refine:.3g}" for keep, refine in p.thresholds
+                ),
+                "-" if p.exit_confidence is None else f"{p.exit_confidence:.2f}",
+                f"{p.accuracy:.2%}",
+                f"{p.macs_mean / points.full_macs:.1%}",
+                f"{p.macs_p95 / points.full_macs:.1%}",
+                f"{ms:.2f}",
+                f"{ms_p95:.2f}",
+                f"{1e3 * joules:.3g}",
+            )
+            for p, ms, ms_p95, joules in zip(points.points, table.ms_mean, table.ms_p95, table.joules, strict=True)
+        ],
+    )
+
+
+def do_bench(args: argparse.Namespace) -> int:
+    from iret.bench import bench, save
+    from iret.measure.latency import pin_threads
+    from iret.precision import prepare
+    from iret.presets import PRESETS
+    from iret.zoo import create_model, load
+
+    device = check_device(args.device)
+    set_threads(args.threads)
+    if args.rounds < 1 or min(args.batch) < 1:
+        raise ValueError(f"--rounds {args.rounds} and --batch {min(args.batch)} must be 1 or more.")
+    models = {}
+    context: AbstractContextManager = nullcontext()
+    for name in args.models:
+        fresh = create_model(name) if name in PRESETS else load(name)
+        models[name], context = prepare(fresh.eval().to(device), args.precision)
+    meter = choose_meter(args)
+    with pin_threads(args.threads) as pinning, context:
+        say(pinning.note)
+        rows, samples = bench(
+            models, args.budgets, args.batch, rounds=args.rounds, seed=args.seed, meter=meter, say=say
+        )
+    if args.out:
+        save(Path(args.out), shlex.join(["iret", *args.words]), rows, samples)
+    if args.json:
+        print(json.dumps({"rows": [asdict(row) for row in rows]}))
+        return 0
+    print_table(
+        ("model", "batch", "budget", "of full", "ms p50", "ms p95", "images/s", "times faster", "share", "mJ/image"),
+        [
+            (
+                row.model,
+                str(row.batch),
+                f"{row.budget:g}",
+                f"{row.macs_share:.1%}",
+                f"{row.ms_p50:.2f}",
+                f"{row.ms_p95:.2f}",
+                f"{row.images_per_s:.1f}",
+                f"{row.speedup:.2f}",
+                f"{row.share:.2f}",
+                f"{1e3 * row.joules:.3g}",
+            )
+            for row in rows
+        ],
+    )
+    say(f"joules {rows[0].energy_kind}: {meter.scope}; share: of the saving in MACs, what the clock sees")
+    return 0
+
+
+def do_simulate(args: argparse.Namespace) -> int:
+    from iret.simulate import Day, Thermal, draw, simulate
+    from iret.zoo import load
+
+    check_picture(args.show)
+    points = load(args.model).points
+    if points is None or not points.devices:
+        raise ValueError(f"{args.model} has no clock; measure it with `iret calibrate MODEL --device-only`.")
+    table = _choose_table(points, args.clock)
+    menu = points.menu(table.device, args.idle_watts)
+    images = 3600 * args.hours * args.rate
+    full = 3600 * args.hours * args.idle_watts + images * max(table.joules)
+    day = Day(
+        hours=args.hours,
+        images_per_second=args.rate,
+        battery_joules=0.6 * full if args.battery_wh is None else 3600 * args.battery_wh,
+        arrivals=args.arrivals,
+        busy=args.busy,
+        thermal=Thermal(kelvin_per_watt=args.kelvin_per_watt),
+        seed=args.seed,
+    )
+    goal = day.goal() if args.max_celsius is None else day.goal(max_celsius=args.max_celsius)
+    outcomes = simulate(menu, goal, day)
+    if args.show:
+        draw(outcomes, Path(args.show), f"{args.model}: {args.hours:g} h, {args.arrivals} arrivals", args.max_celsius)
+    if args.json:
+        rows = [{name: value for name, value in asdict(outcome).items() if name != "series"} for outcome in outcomes]
+        print(
+            json.dumps({"model": args.model, "device": table.device, "battery_j": day.battery_joules, "outcomes": rows})
+        )
+        return 0
+    say(
+        f"{day.battery_joules / 3600:.3g} Wh, {outcomes[0].images} images, costs of {table.device}; joules "
+        f"{table.energy_kind}: {table.energy_scope}; right answers are expected from held-out accuracy"
+    )
+    print_table(
+        ("policy", "hours", "answered", "right", "right of all", "energy (J)", "peak C"),
+        [
+            (
+                outcome.policy,
+                f"{outcome.hours:.1f}",
+                str(outcome.answered),
+                f"{outcome.correct:.0f}",
+                f"{outcome.correct / outcome.images:.2%}",
+                f"{outcome.energy_j:.3g}",
+                f"{outcome.peak_celsius:.1f}",
+            )
+            for outcome in outcomes
+        ],
+    )
+    return 0
+
+
+def _choose_table(points, name: str | None):
+    """The columns of the device that was named; else the only ones, or those of this device."""
+    import torch
+
+    from iret.doctor import describe_device
+
+    if name is not None or len(points.devices) > 1:
+        return points.table_of(name or describe_device(torch.device("cpu"), "float32"))
+    return points.devices[0]

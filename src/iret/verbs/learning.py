@@ -1,0 +1,126 @@
+"""`train`, `eval`, `card`: how a model is made and what it scores."""
+
+import argparse
+import json
+import os
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from iret.arguments import read_thresholds
+from iret.verbs.console import check_device, fail, open_data, print_table, say, set_threads
+
+
+def do_train(args: argparse.Namespace) -> int:
+    from iret.train.checkpoint import FILE_NAME as STATE_NAME
+    from iret.train.loop import RunOptions, train
+    from iret.train.recipe import find_recipe
+
+    recipe = find_recipe(args.recipe or ("fine_tune" if args.init else "images_tiny"))
+    out = Path(args.out or f"out/{recipe.name}")
+    options = RunOptions(
+        data=args.data,
+        out=out,
+        seed=args.seed,
+        device=args.device if args.device == "auto" else check_device(args.device),
+        steps=args.steps,
+        resume=args.resume,
+        init=args.init,
+        img_size=tuple(args.img_size) if args.img_size else None,
+        workers=args.workers,
+        on_corrupt=args.on_corrupt,
+        label_column=args.label_column,
+        checkpoint_minutes=args.checkpoint_minutes,
+        stop_after_minutes=args.stop_after,
+    )
+    words = [word for word in args.words if word != "--resume"]
+    again = shlex.join(["iret", *words, "--resume"])
+    try:
+        report = train(recipe, options)
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", "0")) > 0:
+            return 130
+        if not (out / STATE_NAME).exists():
+            return fail("stopped before anything was saved.", 130)
+        return fail(f"stopped and saved; go on with: {again}", 130)
+    if int(os.environ.get("RANK", "0")) > 0:  # the first process speaks for all that torchrun started
+        return 0
+    if args.json:
+        print(json.dumps(asdict(report) | {"out": str(out)}))
+    if report.skipped:
+        say(f"{report.skipped} corrupt images were skipped; --on-corrupt stop names the first.")
+    if not report.is_finished:
+        say(f"step {report.step} of {report.num_steps} saved; go on with: {again}")
+        return 0
+    say(f"trained {report.num_steps} steps in {report.time_s / 60:.1f} minutes: {out}")
+    return 0
+
+
+def do_eval(args: argparse.Namespace) -> int:
+    from iret.evaluate import evaluate
+    from iret.precision import prepare
+    from iret.runtime.cost import full_macs
+    from iret.runtime.points import Setting
+    from iret.zoo import load
+
+    set_threads(args.threads)
+    model, context = prepare(load(args.model).to(check_device(args.device)), args.precision)
+    if args.threshold is not None:
+        names, settings = [" ".join(args.threshold)], [Setting(thresholds=read_thresholds(args.threshold))]
+    else:
+        names = [f"budget {budget:g}" for budget in args.budgets]
+        settings = [model.setting(budget) for budget in args.budgets]
+    changes: dict[str, Any] = {"rule": args.rule, "control": args.control}
+    if args.exit_confidence is not None:
+        changes["exit_confidence"] = args.exit_confidence
+    settings = [replace(setting, **changes) for setting in settings]
+    data = open_data(args, args.split, model)
+    with context:
+        scores = evaluate(
+            model, data, settings, batch_size=args.batch_size, max_images=args.max_images, workers=args.workers
+        )
+    if args.json:
+        found = {"model": args.model, "data": args.data, "split": data.split, "scores": [asdict(s) for s in scores]}
+        print(json.dumps(found))
+        return 0
+    full = full_macs(model.shape)
+    say(f"{args.model} on {args.data} ({data.split}), {scores[0].num_images} images, {scores[0].num_skipped} skipped")
+    if data.split == "val":
+        say("held-out images: if its operating points were found on them, this is no test")
+    print_table(
+        ("setting", "top-1", "heads", "MMACs", "p95", "of full", "patches a stage", "ms an image"),
+        [
+            (
+                name,
+                f"{s.accuracy:.2%}",
+                "/".join("-" if a is None else f"{a:.1%}" for a in s.stage_accuracy),
+                f"{s.macs_mean / 1e6:.1f}",
+                f"{s.macs_p95 / 1e6:.1f}",
+                f"{s.macs_mean / full:.1%}",
+                "/".join(f"{k:.1f}" for k in s.kept_mean),
+                f"{1e3 * s.time_s / s.num_images:.2f}",
+            )
+            for name, s in zip(names, scores, strict=True)
+        ],
+    )
+    return 0
+
+
+def do_card(args: argparse.Namespace) -> int:
+    from iret.card import write_card
+    from iret.train.data import name_of
+    from iret.weights import write_atomically
+    from iret.zoo import load
+
+    folder = Path(args.model)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a model folder to write a card into; copy the model first.")
+    model = load(folder).to(check_device(args.device))
+    data = open_data(args, "test", model)
+    text = write_card(model, args.name or folder.name, folder, data, name_of(args.data), args.max_images)
+    write_atomically(folder / "README.md", text.encode())
+    say(f"written: {folder / 'README.md'}")
+    if args.json:
+        print(json.dumps({"card": str(folder / "README.md")}))
+    return 0

@@ -1,0 +1,96 @@
+"""int8 and bf16: the same answers but for rounding, the same tokens but for ties, refused where they cannot run."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import iret
+from iret.precision import Int8Linear, prepare, to_int8
+from iret.runtime.points import PRECISIONS
+
+
+def make_model() -> iret.Iret:
+    torch.manual_seed(0)
+    return iret.load("iret_pico-cifar10")
+
+
+def photos(count: int = 16) -> torch.Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_layer_is_its_float_layer_but_for_eight_bits(has_bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 96, bias=has_bias)
+    linear.weight.data *= torch.logspace(-3, 1, 96)[:, None]  # channels of very different size: each has its own scale
+    x = torch.randn(7, 64)
+    wanted, got = linear(x), Int8Linear(linear)(x)
+    relative = (got - wanted).norm(dim=0) / wanted.norm(dim=0)
+    assert 0 < relative.mean() < 0.02  # a rounding of 1 / 254 of the largest in weights and inputs; no channel is lost:
+    assert relative.max() < 0.1
+
+
+def test_a_channel_of_zeros_stays_zero():
+    linear = nn.Linear(8, 4, bias=False)
+    linear.weight.data[1] = 0
+    assert torch.equal(Int8Linear(linear)(torch.randn(3, 8))[:, 1], torch.zeros(3))
+
+
+def test_int8_answers_as_float_does_at_every_budget():
+    model = make_model()
+    quantised = to_int8(model)
+    with torch.no_grad():
+        for budget in (1.0, 0.5):
+            wanted, got = model(photos(), budget=budget), quantised(photos(), budget=budget)
+            assert (wanted.argmax(1) == got.argmax(1)).float().mean() >= 0.9  # of 16; noise images are near ties
+        assert (model(photos()) - quantised(photos())).abs().max() < 0.2  # logits of up to 3
+
+
+def test_int8_leaves_the_float_model_as_it_was():
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    quantised = to_int8(model)
+    assert (model.precision, quantised.precision) == ("float32", "int8")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(isinstance(part, Int8Linear) for part in model.modules())
+    layers = sum(isinstance(part, Int8Linear) for part in quantised.modules())
+    assert layers == 4 * sum(model.shape.depths)
+
+
+def test_an_image_of_an_int8_batch_keeps_its_own_count():
+    quantised = to_int8(make_model())
+    with torch.no_grad():
+        out = quantised.run(photos(), 0.8)
+    assert len(set(out.trace.kept[1].sum((1, 2)).tolist())) > 1
+
+
+def test_an_int8_model_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="an int8 model cannot be saved; save the model that it was made from"):
+        to_int8(make_model()).save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_int8_is_refused_off_the_cpu():
+    with pytest.raises(ValueError, match="int8 runs on a CPU; on an accelerator take bfloat16"):
+        to_int8(iret.create_model("iret_pico").to("meta"))
+
+
+def test_int8_is_refused_where_torch_has_no_kernels(monkeypatch):
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["none"])
+    with pytest.raises(ValueError, match="has no int8 kernels"):
+        to_int8(make_model())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_precision_is_what_the_model_says_it_runs_in(precision):
+    model, context = prepare(make_model(), precision)
+    with context, torch.no_grad():
+        assert model.precision == precision
+        assert model(photos(2), budget=0.5).isfinite().all()
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="precision 'fp8' is unknown; choose from float32, bfloat16, int8"):
+        prepare(make_model(), "fp8")
