@@ -1,8 +1,9 @@
 """Does dropping save time in a batch of mixed counts? `iret_small`, batch 16, one thread, interleaved, raw samples kept.
 
-The counts are those of real images: what held-out images did at the operating points of a calibrated model (`--counts`), as
-shares of its grid. Three things run in turn: the whole model, the packed run (`Iret.replay`, choosing included), and the same run
-with every image padded to the longest of the batch. Beside them a static ViT of DeiT-S shape, and peak memory by budget.
+The counts are those of test images: what a calibrated model (`--counts`) keeps of them (`--data`) at the thresholds of its
+operating points, as shares of its grid. Three things run in turn: the whole model, the packed run (`Iret.replay`, choosing
+included), and the same run with every image padded to the longest of the batch. Beside them a static ViT of DeiT-S shape, and
+peak memory by budget.
 
     python benchmarks/batch.py --out results/...     takes some minutes; run it alone on the machine
 """
@@ -27,8 +28,9 @@ from iret import doctor
 from iret.measure.latency import measure_latency, pin_threads, ratio
 from iret.precision import prepare
 from iret.runtime.cost import full_macs, plan_macs
-from iret.runtime.points import OperatingPoints, Plan, Point
+from iret.runtime.points import Plan, Point
 from iret.tokens import Tokens
+from iret.train.data import open_data
 from iret.vit import VisionTransformer
 from iret.zoo import load
 
@@ -40,25 +42,30 @@ def vit_macs(tokens: int = 197, dim: int = 384, depth: int = 12, classes: int = 
     return (tokens - 1) * 3 * patch**2 * dim + depth * (12 * tokens * dim**2 + 2 * tokens**2 * dim) + dim * classes
 
 
-def counts_of(points: OperatingPoints, grid: int, cells: int, point: Point) -> list[Plan]:
-    """The plans of a point as if its grid of `grid` cells had `cells`; images that left early count as staying."""
-    plans = []
-    for plan in point.plans:
-        kept = [*plan.kept, *[plan.kept[-1]] * (len(point.thresholds) + 1 - len(plan.kept))]
-        scaled = [max(8, min(cells, round(count / grid * cells))) for count in kept]
-        plans.append(Plan(tuple(scaled), (0, *scaled[1:])))
-    return plans
+@torch.inference_mode()
+def counts_of(name: str, data_name: str, num_images: int) -> np.ndarray:
+    """[thresholds, stages, images]: shares of the grid that a calibrated model keeps of real images, nobody leaving early."""
+    source = load(name)
+    data = open_data(data_name, "test", source.preprocessing)
+    pixels = torch.stack([data[index][0] for index in range(num_images)])
+    images = source.normalise(pixels.float() / 255)
+    rows = [source.run(images, point.thresholds).trace.kept.sum((2, 3)).numpy() for point in source.points.points]
+    return np.stack(rows) / source.shape.num_patches
 
 
-def choose_plans(model: iret.Iret, source: iret.Iret, ratio_: float) -> list[Plan]:
-    """Those of the operating point whose scaled counts come closest to the MAC ratio."""
-    full, grid, cells = full_macs(model.shape), source.shape.num_patches, model.shape.num_patches
-    candidates = [counts_of(source.points, grid, cells, point) for point in source.points.points if point.plans]
+def choose_plans(model: iret.Iret, counts: np.ndarray, ratio_: float, draw: random.Random, batch: int) -> list[Plan]:
+    """A batch of images at the threshold whose mean MACs come closest to the ratio."""
+    full, cells, least = full_macs(model.shape), model.shape.num_patches, model.shape.min_keep
+    candidates = []
+    for row in counts:
+        chosen = draw.sample(range(row.shape[1]), batch)
+        kept = np.clip(np.round(row[:, chosen] * cells), least, cells).astype(int).T.tolist()
+        candidates.append([Plan(tuple(each), (0, *each[1:])) for each in kept])
 
-    def cost(plans: list[Plan]) -> float:
-        return float(np.mean([plan_macs(model.shape, plan.kept, plan.refined, scored=True) for plan in plans]))
+    def macs_ratio(plans: list[Plan]) -> float:
+        return float(full / np.mean([plan_macs(model.shape, plan.kept, plan.refined, scored=True) for plan in plans]))
 
-    return min(candidates, key=lambda plans: abs(full / cost(plans) - ratio_))
+    return min(candidates, key=lambda plans: abs(macs_ratio(plans) - ratio_))
 
 
 @torch.inference_mode()
@@ -85,7 +92,7 @@ def padded(model: iret.Iret, images: torch.Tensor, plans: list[Plan]) -> torch.T
 
 def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
     torch.manual_seed(0)
-    source = load(args.counts)
+    counts = counts_of(args.counts, args.data, 8 * args.batch)
     model, context = prepare(iret.create_model("iret_small").eval(), args.precision)
     images, draw = torch.randn(args.batch, 3, 224, 224), random.Random(0)
     static = VisionTransformer().eval()
@@ -93,7 +100,7 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
     ratios, spread = {"full": 1.0, "deit_s": full_macs(model.shape) / vit_macs()}, {}
     point = Point(thresholds=((1.0, 1.0),) * 2, accuracy=0.0, macs_mean=1.0, macs_p95=1.0, kept_mean=())
     for wanted in RATIOS:
-        plans = draw.choices(choose_plans(model, source, wanted), k=args.batch)
+        plans = choose_plans(model, counts, wanted, draw, args.batch)
         macs = np.mean([plan_macs(model.shape, plan.kept, plan.refined, scored=True) for plan in plans])
         work[f"packed {wanted:g}"] = lambda plans=plans: model.replay(images, plans, point)
         work[f"padded {wanted:g}"] = lambda plans=plans: padded(model, images, plans)
@@ -113,22 +120,34 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
 
 
 def peak_mib(budget: float, batch: int) -> float:
-    """Peak memory of a process that runs `iret_small` at one budget, over that of one that only loads it."""
-    code = (
-        "import resource, sys, torch, iret; from iret.bench import make_point; torch.manual_seed(0); torch.set_num_threads(1)\n"
-        f"m = iret.create_model('iret_small').eval(); x = torch.randn({batch}, 3, 224, 224)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "with torch.inference_mode():\n"
-        f"    p = make_point(m, {budget}); m(x) if {budget} == 1 else m.replay(x, list(p.plans) * {batch}, p)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
+    """Memory that one run of `iret_small` takes at its peak beyond the loaded model and its images; Linux."""
+    code = f"""
+import re, torch, iret
+from pathlib import Path
+from iret.bench import make_point
+
+def read(name):
+    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+torch.set_num_threads(1)
+model, images = iret.create_model("iret_small").eval(), torch.randn({batch}, 3, 224, 224)
+point = make_point(model, {budget})
+run = (lambda x: model(x)) if {budget} == 1 else (lambda x: model.replay(x, list(point.plans) * len(x), point))
+with torch.inference_mode():
+    run(images[:1])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = read("VmRSS")
+    run(images)
+    print(read("VmHWM") - before)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout) / (1024 if sys.platform != "darwin" else 2**20)
+    return int(done.stdout) / 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--counts", default="iret_pico-cifar10", help="calibrated model whose images' counts are used")
+    parser.add_argument("--counts", default="iret_nano-cluttered-digits", help="calibrated model that keeps the counts")
+    parser.add_argument("--data", default="cluttered-digits", help="whose test images it looks at")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
@@ -146,7 +165,8 @@ def main() -> None:
         writer.writerows((name, i, f"{s:.9f}") for name, each in samples.items() for i, s in enumerate(each.samples_s))
     lines = [
         f"`python benchmarks/batch.py --precision {args.precision}`: `iret_small`, batch {args.batch}, one thread, "
-        f"{doctor.processor_name()}, counts of `{args.counts}`; medians of {args.rounds} interleaved rounds.",
+        f"{doctor.processor_name()}, counts of `{args.counts}` on {Path(args.data).name}; medians of {args.rounds} "
+        "interleaved rounds.",
         "",
         "| what | MAC ratio | ms | times faster than full | share | padded / packed |",
         "|---|---|---|---|---|---|",

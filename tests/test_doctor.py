@@ -49,6 +49,7 @@ def test_the_text_shows_every_version_and_note():
         "extras": {
             "torch": {"for": "models", "missing": ["a", "b", "c", "torch"], "install": "pip install 'iret[torch]'"}
         },
+        "meters": {"rapl": "ready: CPU package 0 (measured)"},
         "notes": ["One sentence."],
     }
     assert doctor.describe(found).splitlines() == [
@@ -61,6 +62,8 @@ def test_the_text_shows_every_version_and_note():
         "GOMP_SPINCOUNT     not set",
         "",
         "iret[torch]        models: missing a, b, c and 1 more; pip install 'iret[torch]'",
+        "",
+        "rapl               ready: CPU package 0 (measured)",
         "",
         "One sentence.",
     ]

@@ -30,10 +30,12 @@ _REQUIREMENT = re.compile(r"([\w.-]+)\s*(?:\[([\w.,\s-]+)\])?.*?;.*\bextra\s*==\
 
 
 def report() -> dict[str, Any]:
-    """Versions, devices, threads, extras and notes: JSON-ready, and free of paths and host names.
+    """Versions, devices, threads, extras, energy meters and notes: JSON-ready, and free of paths and host names.
 
     Imports torch, torchvision and timm where they are installed, which takes seconds.
     """
+    from iret.measure.sources import explain_meters  # with NumPy, which the doctor itself does without
+
     notes = [problem for problem in (torch_problem(), timm_problem()) if problem]
     extras = extras_report()
     if not extras:
@@ -48,6 +50,7 @@ def report() -> dict[str, Any]:
         "devices": devices,
         "threads": threads,
         "extras": extras,
+        "meters": explain_meters(),
         "notes": notes + device_notes,
     }
 
@@ -63,7 +66,7 @@ def describe(found: dict[str, Any]) -> str:
         extras.append((f"iret[{name}]", f"{extra['for']}: {state}"))
     tables = [
         [f"{name:18} {'not set' if value is None else value}" for name, value in table]
-        for table in (found["versions"].items(), facts, extras)
+        for table in (found["versions"].items(), facts, extras, found["meters"].items())
     ]
     return "\n\n".join("\n".join(lines) for lines in [*tables, found["notes"]] if lines)
 

@@ -117,10 +117,10 @@ def do_bench(args: argparse.Namespace) -> int:
         models[name], context = prepare(fresh.eval().to(device), args.precision)
     meter = choose_meter(args)
     with pin_threads(args.threads) as pinning, context:
-        say(pinning.note)
         rows, samples = bench(
             models, args.budgets, args.batch, rounds=args.rounds, seed=args.seed, meter=meter, say=say
         )
+    say(pinning.note)
     if args.out:
         save(Path(args.out), shlex.join(["iret", *args.words]), rows, samples)
     if args.json:

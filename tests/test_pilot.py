@@ -1,0 +1,60 @@
+"""The controller at work: what the sensors say reaches it, and what it decides is a budget the model can serve."""
+
+import pytest
+
+from iret.measure.battery import Battery
+from iret.pilot import Pilot
+from iret.runtime.controller import Goal, Menu
+
+MENU = Menu(
+    budget=(0.2, 0.5, 1.0),
+    accuracy=(0.5, 0.7, 0.8),
+    ms=(2.0, 5.0, 10.0),
+    ms_p95=(3.0, 6.0, 12.0),
+    joules=(0.02, 0.05, 0.1),
+)
+
+
+def battery(joules: float | None, percent: float = 50.0) -> Battery:
+    return Battery(percent=percent, joules=joules, is_plugged=False, source="made up")
+
+
+def test_the_charge_of_the_battery_decides():
+    goal = Goal(hours=1.0, images_per_second=1.0)
+    rich = Pilot(MENU, goal, battery=lambda: battery(3600 * 0.2), clock=lambda: 0.0)
+    poor = Pilot(MENU, goal, battery=lambda: battery(3600 * 0.04), clock=lambda: 0.0)
+    assert rich.next().budget == 1.0
+    assert poor.next().budget == pytest.approx(0.4, abs=0.03)  # 0.04 J lies two thirds of the way from 0.02 to 0.05
+
+
+def test_a_gauge_of_percent_needs_the_capacity():
+    goal = Goal(hours=1.0, images_per_second=1.0, battery_joules=2 * 3600 * 0.04)
+    pilot = Pilot(MENU, goal, battery=lambda: battery(None), clock=lambda: 0.0)
+    assert pilot.next().budget == pytest.approx(0.4, abs=0.03)
+
+
+def test_no_battery_at_all_is_said():
+    pilot = Pilot(MENU, Goal(hours=1.0, images_per_second=1.0), battery=lambda: None, clock=lambda: 0.0)
+    decision = pilot.next()
+    assert decision.budget == 0.2
+    assert decision.broken == ("battery",)
+
+
+def test_a_machine_slower_than_its_table_is_learned_from_the_times_noted():
+    pilot = Pilot(MENU, Goal(deadline_ms=12.5), clock=lambda: 0.0)
+    assert pilot.next().budget == 1.0
+    for _ in range(100):
+        pilot.note(0.020)  # twice what the table says of the full budget
+        last = pilot.next()
+        if last.budget < 1:
+            break
+    assert last.budget < 1
+
+
+def test_heat_is_read_only_where_there_is_a_cap():
+    def never() -> float:
+        raise AssertionError("the thermometer was read")
+
+    Pilot(MENU, Goal(deadline_ms=20.0), thermometer=never, clock=lambda: 0.0).next()
+    hot = Pilot(MENU, Goal(max_celsius=60.0), thermometer=lambda: 80.0, clock=lambda: 0.0)
+    assert [hot.next() for _ in range(3)][-1].budget == 0.2
