@@ -1,32 +1,41 @@
 """The record of a run: who answered where, what each stage saw, NaN and False where nothing ran."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from iret.output import Output, Record
 from iret.runtime.cost import Shape, full_macs, macs
-from iret.selection import Choice
+from iret.selection import Layout
 
 # Two stages on a grid of 2 x 3 patches of 4 px.
 SHAPE = Shape(img_size=(8, 12), patch_size=4, in_chans=1, num_classes=2, embed_dims=(8, 8), depths=(1, 1), head_dim=8)
-EVERYONE = torch.arange(3)
+Passed = tuple[Layout, np.ndarray | None]
+EVERYONE: Passed = (Layout.whole(3, 6), None)
 
 
-def choice(kept: list[list[int]], refined: list[list[int]]) -> Choice:
-    return Choice(torch.tensor(kept, dtype=torch.bool), torch.tensor(refined, dtype=torch.bool))
+def passed(images: list[int], kept: list[list[int]], refined: list[list[int]] | None = None) -> Passed:
+    """Images with tokens of these of the six cells, and those of them that were refined; None: all."""
+    cells = [[-1, *np.flatnonzero(row)] for row in kept]
+    starts = np.concatenate([[0], np.cumsum([len(each) for each in cells])])
+    here = Layout(np.concatenate(cells).astype(int), starts, np.array(images))
+    if refined is None:
+        return here, None
+    marks = [[False, *(bool(row[cell]) for cell in each[1:])] for each, row in zip(cells, refined, strict=True)]
+    return here, np.concatenate(marks)
 
 
-def record(*stages: tuple[Tensor, Choice | None, Tensor], scored: bool) -> Output:
+def record(*stages: tuple[Passed, Tensor], scored: bool) -> Output:
     book = Record(SHAPE, 3, torch.device("cpu"))
-    for stage, (alive, chosen, answers) in enumerate(stages):
-        book.add(stage, alive, chosen, answers)
+    for stage, (what, answers) in enumerate(stages):
+        book.add(stage, *what, answers)
     return book.finish(scored)
 
 
 def test_without_a_choice_every_patch_is_kept_and_refined_but_for_the_first_stage():
     answers = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    out = record((EVERYONE, None, answers), (EVERYONE, None, -answers), scored=False)
+    out = record((EVERYONE, answers), (EVERYONE, -answers), scored=False)
     assert out.trace.kept.shape == out.trace.refined.shape == (2, 3, 2, 3)
     assert out.trace.kept.all()
     assert not out.trace.refined[0].any()
@@ -39,9 +48,8 @@ def test_without_a_choice_every_patch_is_kept_and_refined_but_for_the_first_stag
 def test_images_that_left_keep_their_answer_and_the_others_get_a_later_one():
     first = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     second = torch.tensor([[7.0, 8.0], [9.0, 0.0]])
-    went_on = torch.tensor([0, 2])
-    chosen = choice([[1, 1, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0]], [[0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0]])
-    out = record((EVERYONE, None, first), (went_on, chosen, second), scored=True)
+    went_on = passed([0, 2], [[1, 1, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0]], [[0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0]])
+    out = record((EVERYONE, first), (went_on, second), scored=True)
     assert out.trace.exit_stage.tolist() == [1, 0, 1]
     assert out.logits.tolist() == [[7.0, 8.0], [3.0, 4.0], [9.0, 0.0]]
     assert out.trace.stage_logits[1].isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2]
@@ -54,7 +62,7 @@ def test_images_that_left_keep_their_answer_and_the_others_get_a_later_one():
 
 def test_a_stage_that_nobody_reached_is_there_and_empty():
     answers = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    out = record((EVERYONE, None, answers), scored=False)
+    out = record((EVERYONE, answers), scored=False)
     assert out.trace.stage_logits.shape == (2, 3, 2)
     assert out.trace.stage_logits[1].isnan().all()
     assert not out.trace.kept[1].any()
@@ -65,14 +73,13 @@ def test_a_stage_that_nobody_reached_is_there_and_empty():
 @pytest.mark.parametrize("scored", [False, True])
 def test_what_choosing_costs_is_counted_once_tokens_were_chosen(scored):
     answers = torch.zeros(3, 2)
-    out = record((EVERYONE, None, answers), (EVERYONE, None, answers), scored=scored)
+    out = record((EVERYONE, answers), (EVERYONE, answers), scored=scored)
     scoring = 6 * 8  # one row of attention over 6 patches, 8 channels
     assert out.macs.tolist() == [full_macs(SHAPE) + 8 * 2 + scoring * scored] * 3
 
 
 def test_gradients_go_to_the_answers_that_were_given():
     first, second = torch.zeros(3, 2, requires_grad=True), torch.zeros(1, 2, requires_grad=True)
-    chosen = choice([[1] * 6], [[1] * 6])
-    record((EVERYONE, None, first), (torch.tensor([1]), chosen, second), scored=True).logits.sum().backward()
+    record((EVERYONE, first), (passed([1], [[1] * 6]), second), scored=True).logits.sum().backward()
     assert first.grad.tolist() == [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]
     assert second.grad.tolist() == [[1.0, 1.0]]

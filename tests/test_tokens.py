@@ -1,5 +1,7 @@
 """The ragged batch: order, ownership, and the places its tokens take in a grid or a padded batch."""
 
+from dataclasses import replace
+
 import torch
 
 from iret.tokens import Tokens, pack, pad_index
@@ -23,7 +25,6 @@ def test_packing_puts_images_one_after_another_and_the_class_token_first():
     assert tokens.starts.tolist() == [0, 3, 6]
     assert tokens.batch_size == 2
     assert tokens.is_even
-    assert tokens.live_T() is None
 
 
 def test_each_token_knows_its_image():
@@ -35,19 +36,10 @@ def test_an_image_without_tokens_is_skipped():
     assert tokens.image_T().tolist() == [0, 2, 2]
 
 
-def test_grid_places_leave_column_zero_to_the_class_token():
-    assert ragged().grid_index(4).tolist() == [0, 2, 4, 5, 6]
-
-
-def test_grid_places_of_one_image_equal_those_it_has_in_a_batch():
-    alone = Tokens(torch.zeros(3, 1), torch.tensor([-1, 1, 3]), torch.tensor([0, 3]), is_even=True)
-    assert alone.grid_index(4).tolist() == ragged().grid_index(4)[:3].tolist()
-
-
-def test_tokens_of_size_zero_are_not_live():
-    whole = ragged()
-    masked = Tokens(whole.x_TD, whole.cell_T, whole.starts, False, torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0]))
-    assert masked.live_T().tolist() == [True, False, True, True, False]
+def test_the_width_is_the_longest_image():
+    assert ragged().width == 3
+    assert replace(ragged(), most=7).width == 7  # believed, so that a GPU need not be asked
+    assert pack(torch.zeros(2, 3, 1)).width == 3
 
 
 def test_new_values_keep_everything_else():

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,7 +35,7 @@ from iret.runtime.keep import read_exits, read_strengths
 from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, Plan, Point, Setting, check_budget, keep_all
 from iret.runtime.preprocess import Preprocess, Source
 from iret.selection import (
-    Choice,
+    Layout,
     accumulate,
     check_control,
     choose,
@@ -202,10 +202,10 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         """Normalised tokens of the last stage with nothing dropped, class token first."""
         self._check_images(images)
         tokens, patches = self._embed(images)
-        every = torch.arange(len(images), device=images.device)
+        layout = Layout.whole(len(images), self.shape.num_patches)
         for index, stage in enumerate(self.stages):
             if index:
-                tokens = self._transit(index, tokens, patches, every, None)
+                tokens = self._transit(index, tokens, patches, layout, None)
             tokens, _ = stage(tokens, is_scored=False)
         return self.stages[-1].norm(tokens.x_TD).unflatten(0, (len(images), -1))
 
@@ -258,36 +258,38 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
 
         Without a `record` no other head runs.
         """
-        drops, refines_all = bool(strengths.any()), bool((strengths[..., 0] == strengths[..., 1]).all())
-        strengths_BS2 = torch.from_numpy(strengths.astype(np.float32)).to(images.device)
-        exits_BS = None if exits is None else torch.from_numpy(exits.astype(np.float32)).to(images.device)
-
         tokens, patches = self._embed(images)
-        alive = torch.arange(len(images), device=images.device)  # images that have not exited
-        choice = None
+        layout = Layout.whole(len(images), self.shape.num_patches)
+        drops, refined_T = bool(strengths.any()), None  # None: every patch that has a token
         for index, stage in enumerate(self.stages):
             is_last = index == len(self.stages) - 1
             if index:
-                tokens = self._transit(index, tokens, patches, alive, choice)
+                tokens = self._transit(index, tokens, patches, layout, refined_T)
             tokens, received = stage(tokens, is_scored=drops and not is_last)
             if record is not None or is_last:
                 answers = stage.answer(tokens).float()
             if record is not None:
-                record.add(index, alive, choice, answers)
+                record.add(index, layout, refined_T, answers)
             if is_last:
                 break
-            if exits_BS is not None:
-                goes_on = answers.softmax(1).amax(1) < exits_BS[alive, index]
+            seen_T = None if received is None else received.float().cpu().numpy()
+            if exits is not None:
+                confidence = answers.detach().softmax(1).amax(1).cpu().numpy()
+                goes_on = confidence < exits[layout.images, index].astype(np.float32)
                 if not goes_on.any():
                     break
-                if received is not None:
-                    received = received[goes_on[tokens.image_T()]]
-                tokens, alive = take_images(tokens, goes_on), alive[goes_on]
-            if received is not None:
-                importance = replace_importance(to_importance(received, tokens, self.shape.num_patches), control)
-                strengths_B2 = strengths_BS2[:, index] if exits is None else strengths_BS2[alive, index]
-                choice = choose(importance, strengths_B2, rule, self.shape.min_keep, refines_all)
-                tokens = select(tokens, choice.kept, masked)
+                if not goes_on.all():
+                    tokens, layout, rows = take_images(tokens, layout, goes_on)
+                    seen_T = None if seen_T is None else seen_T[rows]
+            if seen_T is not None:
+                importance_T = replace_importance(to_importance(seen_T, layout), control)
+                choice = choose(importance_T, layout, strengths[layout.images, index], rule, self.shape.min_keep)
+                tokens, layout = select(tokens, layout, choice, masked)
+                refined_T = choice.refined_T
+                if refined_T is None and masked:
+                    refined_T = choice.kept_T
+                elif refined_T is not None and not masked:
+                    refined_T = refined_T[choice.kept_T]
         return answers
 
     def replay(self, images: Float[Tensor, "B C Y X"], plans: Sequence[Plan], point: Point) -> Tensor:
@@ -317,24 +319,21 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         return pack(F.pad(x, (0, 0, 1, 0)) + self.pos_embed), patches
 
     def _transit(
-        self, stage: int, tokens: Tokens, patches: Tensor, alive: Int[Tensor, " b"], choice: Choice | None
+        self, stage: int, tokens: Tokens, patches: Tensor, layout: Layout, refined_T: Bool[np.ndarray, " T"] | None
     ) -> Tokens:
-        """Into `stage` for the images `alive`; without a `choice` every patch gets its details."""
-        level, num_cells, live = self.shape.detail_level(stage), self.shape.num_patches, tokens.live_T()
-        refines_all = live is None and (choice is None or choice.refined is choice.kept)
-        if refines_all and tokens.batch_size == 1 and len(patches) == num_cells:
-            if len(tokens.cell_T) <= num_cells:
+        """Into `stage`, with the details of the patches in `refined_T` (None: of all that have a token)."""
+        level, num_cells = self.shape.detail_level(stage), self.shape.num_patches
+        if refined_T is None and len(patches) == num_cells:  # one image
+            if len(layout.cell_T) <= num_cells:
                 patches = patches.index_select(0, tokens.cell_T[1:])
             return self.transitions[stage - 1](tokens, self.lifting.details(patches, level), None)
-        is_refined = tokens.cell_T >= 0
-        if live is not None:
-            is_refined &= live
-        if choice is not None and choice.refined is not choice.kept:
-            is_refined &= F.pad(choice.refined, (1, 0)).view(-1)[tokens.grid_index(num_cells)]
-        rows = is_refined.nonzero().squeeze(1)
+        is_refined = layout.cell_T >= 0 if refined_T is None else (layout.cell_T >= 0) & refined_T
+        rows = is_refined.nonzero()[0]
         if len(rows) < len(patches):
-            patches = patches[tokens.cell_T[rows] + num_cells * alive[tokens.image_T()[rows]]]
-        return self.transitions[stage - 1](tokens, self.lifting.details(patches, level), rows)
+            places = layout.image_T()[rows] * num_cells + layout.cell_T[rows]
+            patches = patches.index_select(0, torch.from_numpy(places).to(patches.device))
+        details = self.lifting.details(patches, level)
+        return self.transitions[stage - 1](tokens, details, torch.from_numpy(rows).to(patches.device))
 
     def _check_images(self, images: Tensor) -> None:
         wanted = (self.shape.in_chans, *self.shape.img_size)

@@ -46,16 +46,6 @@ class Tokens:
         images = torch.arange(self.batch_size, device=self.starts.device)
         return images.repeat_interleave(self.starts.diff(), output_size=self.cell_T.shape[0])
 
-    def grid_index(self, num_cells: int) -> Int[Tensor, " T"]:
-        """Where each token lies in a flat [B, 1 + num_cells] table whose column 0 is the class token."""
-        if self.batch_size == 1:
-            return self.cell_T + 1
-        return self.image_T() * (1 + num_cells) + self.cell_T + 1
-
-    def live_T(self) -> Bool[Tensor, " T"] | None:
-        """Tokens that are not masked; None when all are live."""
-        return None if self.size_T is None else self.size_T > 0
-
 
 def pack(x_BND: Float[Tensor, "B N D"]) -> Tokens:
     """A dense batch as Tokens: class token first, then patches of cells 0, 1, ..."""

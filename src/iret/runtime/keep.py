@@ -1,4 +1,4 @@
-"""Keep rules in NumPy: the reference that `iret.selection` is tested against, and what a device without torch runs.
+"""Keep rules in NumPy, for models on torch (`iret.selection`) and for devices without it.
 
 Importance `r` is "times uniform attention": its mean over the live patches of an image is 1; a dead patch has -inf. Every
 rule takes a strength per image; 0 keeps everything that lives, more never keeps more.
@@ -30,21 +30,25 @@ def keep(importance: np.ndarray, strength: np.ndarray, rule: str = "threshold", 
     lower cell first.
     """
     check_rule(rule)
-    live = np.isfinite(importance)
-    order = np.argsort(-importance, axis=1, kind="stable")
-    rank = np.argsort(order, axis=1, kind="stable")
+    return np.array([keep_one(row, at, rule, min_keep) for row, at in zip(importance, strength, strict=True)])
+
+
+def keep_one(importance: np.ndarray, strength: float, rule: str, min_keep: int) -> np.ndarray:
+    """Kept patches of one image, bool [N], of importance [N]; see `keep`."""
+    live = importance > -np.inf
+    order = np.argsort(-importance, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
     kept = rank < min_keep
     if rule == "threshold":
-        kept |= importance >= strength[:, None] - ROUNDING_SHARE
+        kept |= importance >= strength - ROUNDING_SHARE
     elif rule == "topk":
-        kept |= rank < np.ceil((1 - strength) * live.sum(1) - ROUNDING_PATCHES)[:, None]
+        kept |= rank < np.ceil((1 - strength) * live.sum() - ROUNDING_PATCHES)
     else:
         share = np.where(live, importance, 0.0)
-        share = share / share.sum(1, keepdims=True)
-        ordered = np.take_along_axis(share, order, 1)
-        held_before = np.cumsum(ordered, 1) - ordered
-        kept |= np.take_along_axis(held_before, rank, 1) < (1 - strength)[:, None] - ROUNDING_SHARE
-        kept |= strength[:, None] <= 0
+        ordered = share[order] / share.sum()
+        held_before = np.cumsum(ordered) - ordered
+        kept |= (held_before < 1 - strength - ROUNDING_SHARE)[rank] | (strength <= 0)
     return kept & live
 
 
