@@ -14,7 +14,7 @@ from iret import cli, clock
 from iret.doctor import describe_device
 from iret.model import Iret
 from iret.runtime.cost import full_macs
-from iret.runtime.points import OperatingPoints, Point
+from iret.runtime.points import DeviceTable, OperatingPoints, Point
 from iret.train import recipe as recipes
 from iret.verbs import console
 
@@ -247,6 +247,55 @@ def test_the_clock_of_another_device_is_measured_without_data(tmp_path, capsys, 
     assert "no clock was measured on this device" in capsys.readouterr().err
 
 
+def with_clock(folder: Path) -> Iret:
+    """The model of `make_model` with made-up columns of this device."""
+    model = make_model(folder)
+    model.points = model.points.with_device(
+        DeviceTable(
+            device=describe_device(torch.device("cpu"), "float32"),
+            ms_mean=(8.0, 4.0, 2.0),
+            ms_p50=(8.0, 4.0, 2.0),
+            ms_p95=(9.0, 5.0, 3.0),
+            joules=(0.08, 0.04, 0.02),
+            energy_source="made up",
+            energy_scope="all of it",
+            energy_kind="estimated",
+            rounds=1,
+        )
+    )
+    model.save_pretrained(folder)
+    return model
+
+
+def test_simulate_plays_a_day_on_the_clock_of_the_model(tmp_path, capsys):
+    with_clock(tmp_path / "m")
+    line = ["simulate", str(tmp_path / "m"), "--hours", "1", "--rate", "0.5", "--arrivals", "steady"]
+    assert cli.main([*line, "--json"]) == 0
+    found = the_object(capsys)
+    assert found["battery_j"] == pytest.approx(0.6 * 1800 * 0.08)
+    assert [outcome["policy"] for outcome in found["outcomes"]] == ["controller", "fixed 0.25", "fixed 0.5", "fixed 1"]
+    controller, *fixed = found["outcomes"]
+    assert controller["answered"] == controller["images"]
+    assert fixed[-1]["answered"] < fixed[-1]["images"]  # full budget dies
+    assert cli.main([*line, "--show", str(tmp_path / "day.png"), "--battery-wh", "0.1"]) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len([row for row in said.err.splitlines() if row.startswith(("controller", "fixed"))]) == 4
+    assert (tmp_path / "day.png").stat().st_size > 1000
+
+
+def test_a_goal_lets_the_controller_choose_and_says_why(tmp_path, capsys):
+    with_clock(tmp_path / "m")
+    photos = [make_photo(tmp_path / f"{index}.png", index) for index in range(3)]
+    line = ["predict", *photos, "--model", str(tmp_path / "m")]
+    assert cli.main([*line, "--deadline", "4"]) == 0
+    assert "3 of 3 images, deadline: 4 ms, for 95 of 100 images" in capsys.readouterr().err  # whatever it doubts
+    assert cli.main([*line, "--battery", "1", "--rate", "1", "--battery-wh", "1", "--json"]) == 0
+    assert all(each["macs_share"] > 0.99 for each in the_object(capsys)["predictions"])  # a watt-hour is plenty
+    assert cli.main([*line, "--battery", "1", "--rate", "1", "--battery-wh", "0.02", "--json"]) == 0
+    assert all(each["macs_share"] < 0.5 for each in the_object(capsys)["predictions"])  # 0.02 J an image
+
+
 def test_bench_times_every_model_batch_and_budget(tmp_path, capsys):
     make_model(tmp_path / "m", has_points=False)
     line = ["bench", str(tmp_path / "m"), "--budgets", "0.5", "0.4", "--batch", "1", "3", "--rounds", "5"]
@@ -360,6 +409,10 @@ def mistake(tmp_path: Path, capsys, line: str) -> str:
         ("p.png --budget 1.5", r"budget=1.5 is outside \(0, 1\]"),
         ("p.png --budget 0.1", "budget=0.1 is below the cheapest operating point of this model, 0.250"),
         ("p.png --budget 0.5 --model bare", "budget=0.5 needs operating points, .* `iret calibrate MODEL --data DATA`"),
+        ("p.png --deadline 5", "no clock was measured on this device"),
+        ("p.png --deadline 5 --model bare", "bare has no operating points to choose from; run `iret calibrate` first"),
+        ("p.png --deadline 5 --budget 0.5", "goals let a controller turn the dial; leave out --budget"),
+        ("p.png --battery 8", "hours and images_per_second belong together"),
         ("p.png --ms 5", "no clock was measured on this device"),
         ("p.png --ms 5 --model bare", "ms=5 needs operating points, .* `iret calibrate MODEL --data DATA`"),
         ("p.png --exit-confidence nan", "confidence.*nan"),
@@ -399,6 +452,7 @@ def test_a_mistake_in_predict_is_one_sentence(tmp_path, capsys, monkeypatch, lin
         ("calibrate m --data d --trials 0", "trials=0 .* must be 1 or more"),
         ("calibrate m --device-only --threads 0", "--threads 0 must be 1 or more"),
         ("calibrate m --device-only --meter wall", "there is no energy meter 'wall'; choose from auto, hwmon"),
+        ("simulate m", "m has no clock; measure it with `iret calibrate MODEL --device-only`"),
         ("bench m --rounds 0", "--rounds 0 .* must be 1 or more"),
         ("bench m --budgets 0.5", "hold no plans to replay"),
         ("bench iret_pico --budgets 0.01", "budget=0.01 is below what this model can do"),

@@ -247,7 +247,7 @@ def test_random_importance_lives_where_attention_does_and_forgets_it():
     live = importance > DEAD
     assert np.array_equal(other > DEAD, live)
     assert abs(np.corrcoef(importance[live], other[live])[0, 1]) < 0.07  # 3000 pairs: four standard errors
-    assert len(set(other[live])) == live.sum()
+    assert len(set(other[live])) > 0.99 * live.sum()
 
 
 def test_attention_itself_is_left_alone():

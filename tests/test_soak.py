@@ -10,9 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import iret
+from iret.runtime.points import OperatingPoints
 from iret.runtime.preprocess import open_image
 from iret.train.checkpoint import FILE_NAME
+from iret.verbs.dial import SEARCH_NAME
 
 sys.path.insert(0, str(Path(__file__).parent / "train"))
 from test_loop import environment, losses, run_script, write_images
@@ -52,6 +57,45 @@ def test_a_run_killed_at_twenty_random_moments_has_the_losses_of_one_that_was_no
     keep("kills", kills)
     subprocess.run(run_script(data, broken, "TINY", resume=True), env=environment(), check=True, capture_output=True)
     assert losses(broken) == losses(whole)
+
+
+def test_a_calibration_killed_at_twenty_random_moments_ends_at_the_same_table(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    data = write_images(tmp_path / "data", num_train=40)
+    torch.manual_seed(0)
+    model = iret.create_model("iret_pico", num_classes=4, embed_dims=(32, 32, 32), depths=(1, 1, 1))
+    for stage in model.stages:
+        nn.init.normal_(stage.blocks[0].attn.qkv.weight, std=0.3)  # far from uniform, so that thresholds cut
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        model.save_pretrained(folder)
+    command = [sys.executable, "-m", "iret.cli", "calibrate", "--data", str(data), "--trials", "12", "--threads", "1"]
+    subprocess.run([*command, str(whole)], env=environment(), check=True, capture_output=True)
+    kills: list[tuple] = [("kill", "evaluations_kept")]
+    while len(kills) <= NUM_KILLS:
+        memory = broken / SEARCH_NAME
+        before = memory.stat().st_size if memory.exists() else 0
+        victim = subprocess.Popen([*command, str(broken)], env=environment(), stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while (not memory.exists() or memory.stat().st_size <= before) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.1))
+        assert victim.poll() is None, "the search ended before it could be killed twenty times"
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        kills.append((len(kills), len(memory.read_text().splitlines()) - 1))
+    keep("calibration_kills", kills)
+    subprocess.run([*command, str(broken)], env=environment(), check=True, capture_output=True)
+    tables = [OperatingPoints.read(folder) for folder in (whole, broken)]
+    assert tables[0] is not None and tables[1] is not None
+    assert tables[0].points == tables[1].points
+    assert len(tables[0].points) > 3
+
+
+def test_the_controller_keeps_its_promises_in_a_thousand_cases_each() -> None:
+    file = Path(__file__).parent / "runtime" / "test_controller.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    subprocess.run(command, env=environment() | {"IRET_CASES": "1000"}, check=True)
 
 
 def test_random_bytes_are_an_image_or_a_sentence(tmp_path: Path) -> None:

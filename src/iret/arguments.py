@@ -94,7 +94,7 @@ def _add_eval_and_calibrate(verbs) -> None:
     calibrate.add_argument("--data", help="as for train; its held-out images are used")
     calibrate.add_argument("--device-only", action="store_true", help="measure the clock of this device alone; no data")
     calibrate.add_argument("--out", help="model folder to write (default: MODEL, if it is a folder)")
-    calibrate.add_argument("--trials", type=int, default=16, help="courses through thresholds to try (default 16)")
+    calibrate.add_argument("--trials", type=int, default=8, help="courses through thresholds to try (default 8)")
     calibrate.add_argument("--max-images", type=int, default=5000, help="held-out images at most (default 5000)")
     calibrate.add_argument("--show", metavar="PNG", help="draw the search and what it found")
     _add_data(calibrate)

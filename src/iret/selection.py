@@ -73,6 +73,7 @@ def accumulate(
     return latest if running is None else torch.lerp(latest, running, momentum)
 
 
+@np.errstate(invalid="ignore", divide="ignore")  # a model that diverged gives no numbers; its loss says so
 def to_importance(received_T: Float[np.ndarray, " T"], layout: Layout) -> Float[np.ndarray, " T"]:
     """Attention as "times uniform": mean 1 over the live patches of each image; float64, -inf where masked."""
     received = received_T.astype(np.float64)

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,7 +20,8 @@ def do_predict(args: argparse.Namespace) -> int:
     check_picture(args.show)
     set_threads(args.threads)
     model, context = prepare(load(args.model).to(check_device(args.device)), args.precision)
-    predictions, pictures, bad, reasons = [], [], [], []
+    predictions, pictures, bad = [], [], []
+    reasons: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = defaultdict(list)
     with context:
         pilot = _start_pilot(args, model)
         setting = _read_setting(args, model)
@@ -36,7 +37,7 @@ def do_predict(args: argparse.Namespace) -> int:
             if pilot:
                 decision = pilot.next()
                 setting = model.setting(decision.budget)
-                reasons.append((decision.reason, decision.broken, decision.doubts))
+                reasons[decision.reason, decision.broken].append(decision.doubts)
             prediction, trace = predict(model, photo, setting=setting, name=path)
             if pilot:
                 pilot.note(prediction.time_s)
@@ -57,9 +58,9 @@ def do_predict(args: argparse.Namespace) -> int:
         print(json.dumps({"model": args.model, "predictions": [asdict(p) for p in predictions], "errors": errors}))
     elif predictions:
         _print_predictions(predictions)
-        for (reason, broken, doubts), times in Counter(reasons).items():
-            notes = [*(f"cannot hold: {goal}" for goal in broken), *doubts]
-            say(f"{times} of {len(predictions)} images, {'; '.join([reason, *notes])}")
+        for (reason, broken), doubts in reasons.items():
+            notes = [reason, *(f"cannot hold: {goal}" for goal in broken), *doubts[-1]]
+            say(f"{len(doubts)} of {len(predictions)} images, {'; '.join(notes)}")
         if pictures:
             say(f"drawn: {args.show}")
     for _, sentence in bad:
@@ -99,9 +100,9 @@ def _start_pilot(args: argparse.Namespace, model):
         raise ValueError("goals let a controller turn the dial; leave out --budget, --ms, --joules and --threshold.")
     if model.points is None:
         raise ValueError(f"{args.model} has no operating points to choose from; run `iret calibrate` first.")
-    joules = None if args.battery_wh is None else 3600 * args.battery_wh
+    goal = Goal(**goals, battery_joules=None if args.battery_wh is None else 3600 * args.battery_wh)
     menu = model.points.menu(describe_device(model.pos_embed.device, model.precision))
-    return Pilot(menu, Goal(**goals, battery_joules=joules))
+    return Pilot(menu, goal)
 
 
 def _print_predictions(predictions) -> None:
