@@ -28,6 +28,7 @@ from torch import Tensor
 import iret.model
 import iret.vit
 from iret import doctor
+from iret.precision import prepare
 from iret.runtime.cost import full_macs
 from iret.runtime.points import OperatingPoints, Point
 
@@ -135,7 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = iret.create_model("iret_small").eval()
+    model, _ = prepare(iret.create_model("iret_small").eval(), "float32")
     images = torch.randn(1, 3, 224, 224)
 
     functions: dict[str, Callable[[], object]] = {}

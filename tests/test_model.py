@@ -19,6 +19,7 @@ from iret.doctor import describe_device
 from iret.model import Iret
 from iret.runtime.cost import LIFTINGS, Shape, full_macs, macs
 from iret.runtime.points import FILE_NAME as POINTS_NAME, DeviceTable, OperatingPoints, Point, Setting
+from iret.vit import lay_out
 
 ROUNDING = 2e-5  # float32 through three stages, logits of a few units
 CUTS = [0.5, 1.0, (0.8, 1.2), ((0.7, 1.1), (0.8, 1.3)), (0.0, 1.0), ((0.0, 1.0), 0.8)]
@@ -844,6 +845,9 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path, lifting):
     assert not again.training
     for part in ("shape", "labels", "points", "name", "attention", "preprocessing"):
         assert getattr(again, part) == getattr(model, part), part
+    weights = again.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    lay_out(model)  # another order in memory, another order of sums
     assert torch.equal(again.run(images, 0.9).trace.stage_logits, model.run(images, 0.9).trace.stage_logits)
     assert torch.equal(again(images, budget=0.4), model(images, budget=0.4))
 

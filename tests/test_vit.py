@@ -1,5 +1,6 @@
 """The plain ViT against timm with timm's own weights, and a Block on packed against dense tokens."""
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,17 @@ from torch import nn
 
 from iret.attention import ATTENTIONS
 from iret.tokens import Tokens, pack
-from iret.vit import Attention, Block, DropPath, Mlp, PatchEmbed, VisionTransformer, init_linear, sincos_positions
+from iret.vit import (
+    Attention,
+    Block,
+    DropPath,
+    Mlp,
+    PatchEmbed,
+    VisionTransformer,
+    init_linear,
+    lay_out,
+    sincos_positions,
+)
 
 
 def randomise(module: nn.Module) -> nn.Module:
@@ -194,3 +205,16 @@ def test_the_graph_of_a_block_does_not_depend_on_the_counts() -> None:
             got, _ = compiled(tokens.x_TD, tokens)
             torch.testing.assert_close(got, block(tokens.x_TD, tokens)[0], rtol=0, atol=1e-5)  # float32
     assert counter.frame_count == 1
+
+
+def test_laying_out_changes_the_order_in_memory_and_nothing_else() -> None:
+    block = randomise(Block(16, 2))
+    before = copy.deepcopy(block)
+    lay_out(block)
+    for name, weight in block.named_parameters():
+        assert torch.equal(weight, before.get_parameter(name)), name
+        assert weight.t().is_contiguous() if weight.dim() > 1 else weight.is_contiguous(), name
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(block(x)[0], before(x)[0], rtol=0, atol=1e-5)  # float32, another order of sums
+    block(x)[0].sum().backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in block.parameters())

@@ -84,7 +84,9 @@ def test_a_folder_and_a_shipped_name_load_the_same_model(tmp_path, monkeypatch):
     ):
         assert isinstance(loaded, Iret)
         assert not loaded.training
-        assert torch.equal(loaded(images), model.eval()(images))
+        torch.testing.assert_close(
+            loaded(images), model.eval()(images), rtol=0, atol=1e-5
+        )  # laid out: another order of sums
 
 
 @pytest.mark.parametrize("name", ["iret_pico-nowhere", "/no/such/folder", "a/b/c"])

@@ -45,7 +45,7 @@ from iret.selection import (
     to_importance,
 )
 from iret.tokens import Tokens, pack
-from iret.vit import NORM_EPS, Block, init_linear, sincos_positions
+from iret.vit import NORM_EPS, Block, init_linear, lay_out, sincos_positions
 from iret.weights import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -471,6 +471,7 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
         if points is not None and not points.fit(full_macs(shape), len(model.transitions)):
             raise ValueError(f"{folder / POINTS_NAME} belongs to another model; run `iret calibrate` again.")
         model.points = points
+        lay_out(model)
         return model.eval()
 
     @classmethod

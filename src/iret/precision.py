@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from iret.model import Iret
 from iret.runtime.points import PRECISIONS
+from iret.vit import lay_out
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 
@@ -68,7 +69,7 @@ def to_int8(model: Iret) -> Iret:
 
 
 def prepare(model: Iret, precision: str) -> tuple[Iret, AbstractContextManager]:
-    """The model and the context to run it in for a precision of `PRECISIONS`.
+    """The model, laid out to be run, and the context to run it in for a precision of `PRECISIONS`.
 
     Raises:
         ValueError: an unknown precision, or one that the device does not have.
@@ -77,6 +78,7 @@ def prepare(model: Iret, precision: str) -> tuple[Iret, AbstractContextManager]:
         raise ValueError(f"precision {precision!r} is unknown; choose from {', '.join(PRECISIONS)}.")
     if precision == "int8":
         return to_int8(model), nullcontext()
+    lay_out(model)
     if precision == "bfloat16":
         return model, torch.autocast(model.pos_embed.device.type, torch.bfloat16)
     return model, nullcontext()
