@@ -1,4 +1,4 @@
-"""Bring README.md up to date: the tables of the shipped models' cards and of the latest timing, the pictures of `make demo`.
+"""Bring README.md up to date: the tables of the shipped models' cards and of the latest timings, the pictures of `make demo`.
 
 Run it after `runs/ship.sh` and `make demo`.
 """
@@ -29,9 +29,10 @@ def main() -> None:
         accuracy, control = tables((folder / "README.md").read_text())
         text = between(f"{folder.name} accuracy", accuracy, text)
         text = between(f"{folder.name} control", control, text)
-    timing = max((ROOT / "results").glob("*_speed_*"))
-    said = (timing / "README.md").read_text().rstrip()
-    text = between("speed", f"{said}\n\nRaw samples: `{timing.relative_to(ROOT)}/`.\n", text)
+    for kind in ("speed", "engines", "batch"):
+        timing = max((ROOT / "results").glob(f"*_{kind}_*"))
+        said = (timing / "README.md").read_text().rstrip()
+        text = between(kind, f"{said}\n\nRaw samples: `{timing.relative_to(ROOT)}/`.\n", text)
     readme.write_text(text)
     for picture, name in PICTURES.items():
         shutil.copy(ROOT / "demo" / picture, ROOT / "docs" / name)

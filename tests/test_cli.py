@@ -272,7 +272,7 @@ def test_simulate_plays_a_day_on_the_clock_of_the_model(tmp_path, capsys):
     line = ["simulate", str(tmp_path / "m"), "--hours", "1", "--rate", "0.5", "--arrivals", "steady"]
     assert cli.main([*line, "--json"]) == 0
     found = the_object(capsys)
-    assert found["battery_j"] == pytest.approx(0.6 * 1800 * 0.08)
+    assert found["battery_j"] == pytest.approx(1800 * (0.02 + 0.08) / 2)
     assert [outcome["policy"] for outcome in found["outcomes"]] == ["controller", "fixed 0.25", "fixed 0.5", "fixed 1"]
     controller, *fixed = found["outcomes"]
     assert controller["answered"] == controller["images"]

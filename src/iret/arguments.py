@@ -108,7 +108,9 @@ def _add_simulate(verbs) -> None:
     day.add_argument("model", help="shipped name, folder or hub id, with a clock (iret calibrate)")
     day.add_argument("--hours", type=float, default=24.0, help="that the battery must last (default 24)")
     day.add_argument("--rate", type=float, default=1.0, help="images a second, in the mean of the day (default 1)")
-    day.add_argument("--battery-wh", type=float, help="default: 0.6 of what the full budget would need")
+    day.add_argument(
+        "--battery-wh", type=float, help="default: halfway between what the cheapest and the full budget need"
+    )
     day.add_argument("--arrivals", choices=("steady", "office", "bursts"), default="office", help="default %(default)s")
     day.add_argument("--busy", type=float, default=0.9, help="share of the stated images that come (default 0.9)")
     day.add_argument("--idle-watts", type=float, default=0.0, help="that the device draws always (default 0)")

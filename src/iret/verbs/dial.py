@@ -159,11 +159,11 @@ def do_simulate(args: argparse.Namespace) -> int:
     table = _choose_table(points, args.clock)
     menu = points.menu(table.device, args.idle_watts)
     images = 3600 * args.hours * args.rate
-    full = 3600 * args.hours * args.idle_watts + images * max(table.joules)
+    halfway = 3600 * args.hours * args.idle_watts + images * (min(table.joules) + max(table.joules)) / 2
     day = Day(
         hours=args.hours,
         images_per_second=args.rate,
-        battery_joules=0.6 * full if args.battery_wh is None else 3600 * args.battery_wh,
+        battery_joules=halfway if args.battery_wh is None else 3600 * args.battery_wh,
         arrivals=args.arrivals,
         busy=args.busy,
         thermal=Thermal(kelvin_per_watt=args.kelvin_per_watt),
