@@ -35,7 +35,7 @@ def ragged(counts: tuple[int, ...], dim: int) -> Tokens:
     torch.manual_seed(1)
     cells = torch.cat([torch.arange(-1, count - 1) for count in counts])
     starts = torch.tensor([0, *counts]).cumsum(0)
-    return Tokens(torch.randn(len(cells), dim), cells, starts, is_even=False)
+    return Tokens(torch.randn(len(cells), dim), cells, starts, is_even=False, most=max(counts))
 
 
 # ---- timm
