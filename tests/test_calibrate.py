@@ -58,7 +58,7 @@ def shares(table: OperatingPoints) -> list[float]:
 
 def test_points_go_from_the_whole_model_down():
     model = make_model()
-    table = calibrate(model, make_data(model), data_name="mine")
+    table = calibrate(model, make_data(model), data_name="mine", trials=1)
     assert len(table.points) > 4
     assert shares(table) == sorted(shares(table), reverse=True)
     assert len(set(shares(table))) == len(table.points)
@@ -71,7 +71,7 @@ def test_points_go_from_the_whole_model_down():
 
 def test_neighbouring_points_lie_close():
     model = make_model()
-    table = calibrate(model, make_data(model), data_name="mine")
+    table = calibrate(model, make_data(model), data_name="mine", trials=1)
     steps = -np.diff(shares(table))
     thresholds = np.diff([point.thresholds[-1][0] for point in table.points])
     assert np.all((steps <= 0.05) | (thresholds <= 0.01))
@@ -87,7 +87,7 @@ def test_the_table_says_what_it_was_measured_on_and_survives_its_file():
 def test_a_measured_point_is_served_exactly_on_the_same_images():
     model = make_model()
     data = make_data(model)
-    table = calibrate(model, data, data_name="mine")
+    table = calibrate(model, data, data_name="mine", trials=1)
     measured = table.points[1:]  # the first is the budget of 1
     settings = [table.setting(share) for share in shares(table)[1:]]
     for point, score in zip(measured, evaluate(model, data, settings), strict=True):
@@ -98,7 +98,7 @@ def test_a_measured_point_is_served_exactly_on_the_same_images():
 def test_budgets_between_points_are_met_on_the_same_images():
     model = make_model()
     data = make_data(model)
-    table = calibrate(model, data, data_name="mine")
+    table = calibrate(model, data, data_name="mine", trials=1)
     budgets = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
     assert table.cheapest_budget < min(budgets)
     scores = evaluate(model, data, [table.setting(budget) for budget in budgets])
@@ -112,7 +112,7 @@ def test_a_budget_is_not_overspent_where_a_hair_of_threshold_drops_nearly_everyt
         for block in stage.blocks:
             block.attn.qkv.weight.data *= 1e-3  # attention so even that no threshold drops half
     data = make_data(model)
-    table = calibrate(model, data, data_name="mine")
+    table = calibrate(model, data, data_name="mine", trials=1)
     assert table.cheapest_budget < 0.5
     (score,) = evaluate(model, data, [table.setting(0.5)])
     assert score.macs_mean / table.full_macs < 0.55
@@ -208,7 +208,7 @@ def test_what_an_exit_would_have_given_is_what_it_gives(confidence):
 def test_plans_are_what_a_spread_of_the_images_did():
     model = make_model()
     data = make_data(model)
-    table = calibrate(model, data, data_name="")
+    table = calibrate(model, data, data_name="", trials=1)
     for point in table.points:
         assert len(point.plans) == NUM_PLANS
         costs = [plan_macs(model.shape, p.kept, p.refined, scored=bool(np.any(point.thresholds))) for p in point.plans]
@@ -218,7 +218,7 @@ def test_plans_are_what_a_spread_of_the_images_did():
 
 def test_a_replay_does_the_work_of_its_plan(monkeypatch):
     model = make_model()
-    table = calibrate(model, make_data(model), data_name="")
+    table = calibrate(model, make_data(model), data_name="", trials=1)
     image = torch.randn(1, 3, 32, 48)
     asked: list[tuple[tuple, dict]] = []
     note = lambda *args, **kinds: asked.append((args, kinds)) or SimpleNamespace(logits=None)  # noqa: E731
