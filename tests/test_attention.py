@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from iret import attention
 from iret.attention import (
     attend,
-    attend_buckets,
     attend_each,
     attend_padded,
     attend_varlen,
@@ -73,16 +72,15 @@ def test_an_even_batch_may_also_be_treated_as_ragged(sizes):
     torch.testing.assert_close(got, attend(q, k, v, tokens), rtol=0, atol=2e-6)  # float32, sums of 4
 
 
-@pytest.mark.parametrize("backend", [attend_each, attend_buckets])
 @pytest.mark.parametrize("counts", [COUNTS, (3, 5, 3, 1, 5), (4, 4), (0, 3)])
 @pytest.mark.parametrize("sizes", ["ones", "merged", "masked"])
-def test_every_back_end_equals_the_padded_reference(backend, counts, sizes):
+def test_image_by_image_equals_the_padded_reference(counts, sizes):
     tokens = make_tokens(counts, sizes)
     q, k, v = random_qkv(tokens)
     bias_T = None if tokens.size_T is None else tokens.size_T.log()
     width = max(counts)
     padded = attend_padded(q, k, v, tokens.starts, width, bias_T)
-    torch.testing.assert_close(backend(q, k, v, tokens.starts, width, bias_T), padded, rtol=0, atol=2e-6)  # 7 terms
+    torch.testing.assert_close(attend_each(q, k, v, tokens.starts, width, bias_T), padded, rtol=0, atol=2e-6)  # 7 terms
 
 
 def test_varlen_is_called_as_torch_documents_it(monkeypatch):

@@ -82,6 +82,15 @@ def test_a_meter_that_vanishes_leaves_the_estimate_and_says_so():
     assert "energy is estimated: fake:0 vanished." in said
 
 
+def test_a_meter_that_vanishes_halfway_leaves_estimates_alone(monkeypatch):
+    model, meter = make_model(), FakeMeter()
+    ends = iter([(2.0, 1.0), (0.0, 1.0)])  # the second: a sensor that is stuck
+    monkeypatch.setattr(meter, "_end", lambda: next(ends))
+    table, _ = measure_device(model, model.points, meter)
+    assert table.energy_kind == "estimated"
+    assert table.joules == measure_device(model, model.points)[0].joules
+
+
 def test_measured_joules_are_shared_by_the_images_of_the_window():
     calls = []
     joules, kind = measure_joules([lambda: calls.append(1), lambda: calls.append(2)], 8, FakeMeter(), None, 9.0, print)

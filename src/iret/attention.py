@@ -91,18 +91,6 @@ def attend_each(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bia
     return out
 
 
-def attend_buckets(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None) -> Tensor:
-    """One fused call for all images of the same count: nothing is padded, and fewer calls where images are many and short."""
-    out = torch.empty_like(q)
-    counts = starts.diff()
-    for count in counts.unique().tolist():
-        if count:
-            index = starts[:-1][counts == count, None] + torch.arange(count, device=starts.device)
-            bias = None if bias_T is None else bias_T[index][:, None, None, :]
-            out[index] = _fused(q[index], k[index], v[index], bias)
-    return out
-
-
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None) -> Tensor:
     """`torch.nn.attention.varlen`, one flash kernel for all images: CUDA, half precision, tokens of size 1.
 

@@ -32,7 +32,7 @@ from iret.output import Output
 from iret.runtime.cost import full_macs, macs
 from iret.runtime.points import OperatingPoints, Plan, Point, frontier
 from iret.train.data import ImageData, make_loader
-from iret.weights import to_safetensors
+from iret.weights import to_safetensors, write_atomically
 
 # The last transition's keep threshold, times uniform attention: from "everything" to "little more than the floor".
 FIRST_RUNGS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0)
@@ -85,7 +85,7 @@ class Memory:
                 self.known[entry["key"]] = entry["points"]
         if path is not None:
             whole = [fingerprint, *(json.dumps({"key": key, "points": rows}) for key, rows in self.known.items())]
-            path.write_text("\n".join(whole) + "\n")
+            write_atomically(path, ("\n".join(whole) + "\n").encode())
 
     def recall(self, key: str) -> list[Point] | None:
         return [Point.from_dict(row) for row in self.known[key]] if key in self.known else None

@@ -67,28 +67,18 @@ def measure_device(
         mean = statistics.mean(latency.p50_ms for latency in of_point)  # of images; a median over rounds for each
         columns.append((mean, float(np.percentile(every, 50)), float(np.percentile(every, 95))))
     ms_mean, ms_p50, ms_p95 = zip(*columns, strict=True)
-    joules, kinds = zip(
-        *(
-            measure_joules(
-                [call for (at, _), call in work.items() if at == row],
-                1,
-                meter,
-                wait,
-                statistics.mean(estimate_image(model, point, plan) for plan in point.plans),
-                say,
-            )
-            for row, point in enumerate(points.points)
-        ),
-        strict=True,
-    )
-    is_measured = meter is not None and set(kinds) == {"measured"}
+    estimates = tuple(statistics.mean(estimate_image(model, p, plan) for plan in p.plans) for p in points.points)
+    calls = [[call for (at, _), call in work.items() if at == row] for row in range(len(estimates))]
+    read = [measure_joules(each, 1, meter, wait, one, say) for each, one in zip(calls, estimates, strict=True)]
+    kinds = {kind for _, kind in read}
+    is_measured = meter is not None and kinds == {"measured"}
     source = meter if meter is not None and is_measured else estimate_meter(model)
     table = DeviceTable(
         device=describe_device(image.device, model.precision),
         ms_mean=ms_mean,
         ms_p50=ms_p50,
         ms_p95=ms_p95,
-        joules=joules,
+        joules=tuple(each for each, _ in read) if is_measured else estimates,  # never some of both
         energy_source=source.source,
         energy_scope=source.scope,
         energy_kind=source.kind,

@@ -186,7 +186,7 @@ class Iret(nn.Module, PyTorchModelHubMixin, library_name="iret", license="apache
             thresholds: object = np.array([setting.thresholds for setting in settings], dtype=np.float64)
             exits = [setting.exit_confidence for setting in settings]
             confidence: object = None
-            if any(exits):
+            if any(each is not None for each in exits):
                 confidence = np.array([np.inf if each is None else each for each in exits])
         elif budget == 1:
             return self.stages[-1].head(self.forward_features(images)[:, 0])
