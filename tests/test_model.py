@@ -617,6 +617,7 @@ def test_the_exit_confidence_of_a_point_is_served_too():
     model.points = replace(points, points=(points.points[0], replace(points.points[1], exit_confidence=0.0)))
     expected = model.run(images, exit_confidence=0.0).logits  # every image leaves after the first stage
     torch.testing.assert_close(model(images, budget=0.5), expected, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(model(images, budget=torch.full((4,), 0.5)), expected, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize(
