@@ -5,8 +5,9 @@ The baseline that a model with a dial has to be held against: what would a stati
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/static_vit.py --recipe cifar10_pico_cpu \
         --data DATA --minutes 100 --out results/...
 
-The width is the multiple of 4 (heads) that comes closest in MACs at the same depth; the schedule of the learning rate runs
-over the minutes given, in as many legs as it takes.
+The width is the multiple of 4 (heads) that comes closest in MACs at the same depth. The first steps are timed and fix how
+many steps the minutes given make on an idle machine: leave it alone for that first minute. What runs beside the rest of the
+training, or pauses it, changes nothing in its result; a leg that was stopped goes on with the same command.
 """
 
 import argparse
@@ -38,6 +39,8 @@ from iret.weights import write_weights
 from iret.zoo import create_model
 
 NUM_HEADS = 4
+WARM_STEPS, TIMED_STEPS = 10, 60
+PLAN_NAME = "plan.json"
 
 
 def vit_macs(shape: Shape, dim: int, depth: int) -> int:
@@ -76,15 +79,15 @@ def accuracy(model: nn.Module, carrier: Iret, data: ImageData) -> float:
     return correct / seen
 
 
-def learning_rate(recipe: Recipe, step: int, warmup_steps: float, share_of_time: float) -> float:
-    """Linear warm-up over steps, times a cosine over the time there is."""
-    floor = recipe.final_lr_ratio
-    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share_of_time))
+def learning_rate(recipe: Recipe, step: int, warmup_steps: float, total_steps: int | None) -> float:
+    """Linear warm-up, times a cosine over the steps there are (the very first are taken before these are counted)."""
+    floor, share = recipe.final_lr_ratio, 0.0 if total_steps is None else step / total_steps
+    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
     return recipe.lr * min(1.0, (step + 1) / warmup_steps) * cosine
 
 
 def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data: ImageData, args: argparse.Namespace):
-    """Train for `args.minutes` in all; returns the running mean of the weights and how far it is.
+    """Train for the steps that `args.minutes` make; returns the running mean of the weights, the step reached and the plan.
 
     A leg that ends early (`--stop-after`) or is cut off goes on from its last saved state.
     """
@@ -92,14 +95,15 @@ def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data:
     model = fabric.to_device(model)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = make_optimizer(recipe, model)
-    progress = Progress(num_processes=fabric.world_size, machine=doctor.processor_name())
+    progress, plan, starts = Progress(num_processes=fabric.world_size, machine=doctor.processor_name()), None, []
     if (out / STATE_NAME).exists():
         progress = load_state(out, model, ema, optimizer, recipe, 0)
+        plan = json.loads((out / PLAN_NAME).read_text())
     elif fabric.is_global_zero:
-        (out / "samples.csv").write_text("step,share_of_time,loss\n")
+        (out / "samples.csv").write_text("step,loss\n")
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     warmup_steps, steps_per_epoch = recipe.warmup_epochs * len(data) / recipe.batch_size, len(data) // recipe.batch_size
-    leg_started, time_before, saved_at = time.monotonic(), progress.time_s, time.monotonic()
+    leg_started = saved_at = time.monotonic()
     while True:
         epoch, start = divmod(progress.step, steps_per_epoch)
         for pixels, labels, _ in make_loader(
@@ -112,20 +116,26 @@ def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data:
             start_batch=start,
             drop_last=True,
         ):
-            # the first process's clock: all stop at the same step
+            step = progress.step
+            starts.append(time.perf_counter())
+            if plan is None and len(starts) > WARM_STEPS + TIMED_STEPS:
+                step_s = (starts[-1] - starts[WARM_STEPS]) / TIMED_STEPS
+                step_s = fabric.broadcast(step_s)  # the first process's clock: all plan alike
+                plan = {"seconds_per_step": step_s, "steps": round(60 * args.minutes / step_s)}
+                if fabric.is_global_zero:
+                    (out / PLAN_NAME).write_text(json.dumps(plan) + "\n")
             leg_s = fabric.broadcast(time.monotonic() - leg_started)
-            progress = replace(progress, time_s=time_before + leg_s)
-            share, step = progress.time_s / (60 * args.minutes), progress.step
-            is_over = share >= 1 or (args.stop_after is not None and leg_s > 60 * args.stop_after)
-            if fabric.is_global_zero and (is_over or time.monotonic() - saved_at > 120):
+            stops_early = args.stop_after is not None and leg_s > 60 * args.stop_after
+            is_over = plan is not None and (step >= plan["steps"] or stops_early)
+            if fabric.is_global_zero and plan is not None and (is_over or time.monotonic() - saved_at > 120):
                 save_state(out, model, ema, optimizer, recipe, progress)
                 saved_at = time.monotonic()
             if is_over:
-                return ema, progress
+                return ema, step, plan
             torch.manual_seed(step * fabric.world_size + fabric.global_rank)
             images, targets = augment(*fabric.to_device((pixels, labels)))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step, warmup_steps, share)
+                group["lr"] = learning_rate(recipe, step, warmup_steps, plan and plan["steps"])
             wrapped.train()
             with autocast(recipe.precision, images.device):
                 loss = soft_cross_entropy(wrapped(images).float(), targets)
@@ -138,7 +148,7 @@ def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data:
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
             if fabric.is_global_zero and step % 20 == 0:
                 with (out / "samples.csv").open("a") as file:
-                    file.write(f"{step},{share:.5f},{float(loss.detach()):.5f}\n")
+                    file.write(f"{step},{float(loss.detach()):.5f}\n")
             progress = replace(progress, step=step + 1)
 
 
@@ -146,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--minutes", type=float, required=True, help="training time, the time the other model took")
+    parser.add_argument("--minutes", type=float, required=True, help="undisturbed training time of the other model")
     parser.add_argument(
         "--stop-after", type=float, metavar="MINUTES", help="end this leg early; the same command goes on"
     )
@@ -161,15 +171,12 @@ def main() -> None:
     carrier.reset_classifier(data.num_classes)
     model, macs = build(carrier.shape, recipe.drop_path_rate)
     args.out.mkdir(parents=True, exist_ok=True)
-    trained, progress = train(fabric, recipe, model, carrier, data, args)
+    trained, step, plan = train(fabric, recipe, model, carrier, data, args)
     if not fabric.is_global_zero:
         return
-    if progress.time_s < 60 * args.minutes:
-        print(
-            f"{progress.time_s / 60:.1f} of {args.minutes:g} minutes after {progress.step} steps; the same command goes on"
-        )
+    if step < plan["steps"]:
+        print(f"stopped after {step} of {plan['steps']} steps; the same command goes on")
         return
-    steps = progress.step
     write_weights(args.out / "model.safetensors", dict(trained.state_dict()))
     result = {
         "recipe": recipe.name,
@@ -177,8 +184,8 @@ def main() -> None:
         "macs_of_preset": full_macs(carrier.shape),
         "embed_dim": model.num_features,
         "processes": fabric.world_size,
-        "steps": steps,
-        "epochs": steps * recipe.batch_size / len(data),
+        **plan,
+        "epochs": step * recipe.batch_size / len(data),
         "minutes": args.minutes,
         "test_top1": accuracy(trained, carrier, open_data(args.data, "test", carrier.preprocessing)),
     }

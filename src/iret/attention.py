@@ -116,18 +116,6 @@ def _key_mask(is_live: Tensor, index: Tensor, bias_T: Tensor | None, dtype: torc
     return (mask if bias_T is None else mask + bias_T[index])[:, None, None, :]
 
 
-def _attend_each(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, bias_T: Tensor | None) -> Tensor:
-    """One fused call an image: nothing is padded. The fastest on CPU, where a call is cheap beside its work."""
-    out = torch.empty_like(q)
-    ends = starts.tolist()
-    for start, end in pairwise(ends):
-        if end > start:
-            here = slice(start, end)
-            bias = None if bias_T is None else bias_T[None, None, None, here]
-            out[here] = _fused(q[None, here], k[None, here], v[None, here], bias)[0]
-    return out
-
-
 @torch.library.custom_op("iret::attend", mutates_args=())
 def _attend_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None) -> Tensor:
     backend = choose_backend(q.device.type, q.dtype, bias_T is not None)
