@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from iret.output import Output, Record
+from iret.runtime.choice import Layout
 from iret.runtime.cost import Shape, full_macs, macs
-from iret.selection import Layout
 
 # Two stages on a grid of 2 x 3 patches of 4 px.
 SHAPE = Shape(img_size=(8, 12), patch_size=4, in_chans=1, num_classes=2, embed_dims=(8, 8), depths=(1, 1), head_dim=8)

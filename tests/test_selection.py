@@ -7,18 +7,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from iret.runtime.choice import Choice, Layout, choose, to_importance
 from iret.runtime.keep import RULES, keep
-from iret.selection import (
-    MOMENTUM,
-    Choice,
-    Layout,
-    accumulate,
-    choose,
-    replace_importance,
-    select,
-    take_images,
-    to_importance,
-)
+from iret.selection import MOMENTUM, accumulate, replace_importance, select, take_images
 from iret.tokens import Tokens, pack
 
 DEAD = -np.inf

@@ -12,6 +12,7 @@ Read next: `selection`, which turns importance into kept tokens.
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -27,22 +28,30 @@ try:
 except ImportError:  # a torch that is older or built without it
     varlen = None  # type: ignore[assignment]
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tokens | None], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, "Tokens | Dense | None"], Tensor]
 AttentionBackend = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], Tensor]  # starts, width, log(size)
 
 _varlen_attn: Callable[..., Any] | None = getattr(varlen, "varlen_attn", None)
 UNSPLIT = {"num_splits": 1} if _varlen_attn and "num_splits" in inspect.signature(_varlen_attn).parameters else {}
 
 
+@dataclass(frozen=True)
+class Dense:
+    """In place of `Tokens` where they are a dense batch [B, N, D], class token first: the form that is exported."""
+
+    bias_BN: Float[Tensor, "B N"] | None  # added to the logits of each key: 0, or -inf for a place that only pads
+
+
 def attend(
     q: Float[Tensor, "*tokens H E"],
     k: Float[Tensor, "*tokens H E"],
     v: Float[Tensor, "*tokens H E"],
-    tokens: Tokens | None = None,
+    tokens: Tokens | Dense | None = None,
 ) -> Float[Tensor, "*tokens H E"]:
-    """Softmax attention within each image, for packed [T, H, E] with `tokens`, or dense [B, N, H, E] without."""
-    if tokens is None:
-        return _fused(q, k, v, None)
+    """Softmax attention within each image, for packed [T, H, E] with their `Tokens`, or dense [B, N, H, E]."""
+    if not isinstance(tokens, Tokens):
+        bias_BN = None if tokens is None else tokens.bias_BN
+        return _fused(q, k, v, None if bias_BN is None else bias_BN[:, None, None])
     bias_T = None if tokens.size_T is None else tokens.size_T.log().to(q.dtype)
     if tokens.is_even:
         q, k, v = (x.unflatten(0, (tokens.batch_size, -1)) for x in (q, k, v))
@@ -165,16 +174,32 @@ _attend_op.register_autograd(_backward, setup_context=_setup_context)
 # ---- importance
 
 
-def class_row(q: Float[Tensor, "T H E"], k: Float[Tensor, "T H E"], tokens: Tokens) -> Float[Tensor, " T"]:
+def class_row(
+    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens | Dense
+) -> Float[Tensor, "*tokens"]:
     """Attention of each image's class token over its patches: mean over heads, sums to 1 an image, 0 at class tokens."""
+    if isinstance(tokens, Dense):
+        logits_BHQN = (q[:, :1] * q.shape[-1] ** -0.5).transpose(1, 2) @ k[:, 1:].permute(0, 2, 3, 1)
+        if tokens.bias_BN is not None:
+            logits_BHQN = logits_BHQN + tokens.bias_BN[:, None, None, 1:]
+        return F.pad(logits_BHQN.softmax(-1).mean((1, 2)), (1, 0))
     if tokens.batch_size == 1 and tokens.size_T is None:  # the same in fewer steps, each of which costs at batch 1
         logits_HQN = torch.bmm((q[0] * q.shape[-1] ** -0.5).unsqueeze(1), k[1:].permute(1, 2, 0))
         return F.pad(logits_HQN.softmax(-1, dtype=torch.float32).mean((0, 1)), (1, 0))
     return _over_patches(q[tokens.starts[:-1]].unsqueeze(1), k, tokens)
 
 
-def column_mean(q: Float[Tensor, "T H E"], k: Float[Tensor, "T H E"], tokens: Tokens) -> Float[Tensor, " T"]:
+def column_mean(
+    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens | Dense
+) -> Float[Tensor, "*tokens"]:
     """Attention over an image's patches from all its tokens: mean over heads and queries, normalised as `class_row`."""
+    if isinstance(tokens, Dense):
+        logits_BHQN = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k[:, 1:].permute(0, 2, 3, 1)
+        if tokens.bias_BN is None:
+            return F.pad(logits_BHQN.softmax(-1).mean((1, 2)), (1, 0))
+        alive_BQ = tokens.bias_BN.exp()
+        weights_BQN = (logits_BHQN + tokens.bias_BN[:, None, None, 1:]).softmax(-1).mean(1)
+        return F.pad((weights_BQN * alive_BQ[..., None]).sum(1) / alive_BQ.sum(1, keepdim=True), (1, 0))
     index, is_live = _places(tokens)
     if tokens.size_T is not None:
         is_live = is_live & (tokens.size_T > 0)[index]

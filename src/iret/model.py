@@ -7,7 +7,7 @@
       ...      until the last stage                                                                -> head S
 
 One trained model serves every threshold; at threshold 0 nothing is dropped. Reads top to bottom; what a keep rule does
-is in `selection`, what it costs in `runtime.cost`.
+is in `runtime.choice`, what it costs in `runtime.cost`.
 
 Source: "Incremental Resolution Enhancing Transformer" (IRET), GLSVLSI 2024, pp. 620-625, abstract. Widths, depths, the
 form of the transition, the accumulation of attention and the auxiliary heads are ours (the full text was not available);
@@ -26,24 +26,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iret.attention import ATTENTIONS
+from iret.attention import ATTENTIONS, Dense
 from iret.doctor import describe_device
 from iret.lifting import Lifting, lifting_penalty
 from iret.output import Output, Record
+from iret.runtime.choice import Layout, choose, to_importance
 from iret.runtime.cost import Shape, full_macs
 from iret.runtime.keep import read_exits, read_strengths
 from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, Plan, Point, Setting, check_budget, keep_all
 from iret.runtime.preprocess import Preprocess, Source
-from iret.selection import (
-    Layout,
-    accumulate,
-    check_control,
-    choose,
-    replace_importance,
-    select,
-    take_images,
-    to_importance,
-)
+from iret.selection import accumulate, check_control, replace_importance, select, take_images
 from iret.tokens import Tokens, pack
 from iret.vit import NORM_EPS, Block, init_linear, lay_out, sincos_positions
 from iret.weights import (
@@ -77,13 +69,20 @@ class Stage(nn.Module):
 
     def forward(self, tokens: Tokens, is_scored: bool) -> tuple[Tokens, Float[Tensor, " T"] | None]:
         """The tokens after all blocks and, if scored, the attention each patch received in the last of them."""
-        x, received = tokens.x_TD, None
+        x, received = self.through(tokens.x_TD, tokens, is_scored)
+        return tokens.with_x(x), received
+
+    def through(
+        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | Dense, is_scored: bool
+    ) -> tuple[Float[Tensor, "*tokens D"], Float[Tensor, "*tokens"] | None]:
+        """The same for packed tokens or a dense batch."""
+        received = None
         for place, block in enumerate(self.blocks, start=1):
             scores = is_scored and place > len(self.blocks) - self.num_scored
             x, evidence = block(x, tokens, self.importance if scores else None)
             if evidence is not None:
                 received = accumulate(received, evidence.importance_T)
-        return tokens.with_x(x), received
+        return x, received
 
     def answer(self, tokens: Tokens) -> Float[Tensor, "B classes"]:
         return self.head(self.norm(tokens.x_TD[tokens.starts[:-1]]))

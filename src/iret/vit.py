@@ -1,7 +1,7 @@
 """Attention, Mlp, Block and the plain VisionTransformer they make. Hosts any attention function; contains none.
 
 Parameters carry timm's names, so a timm ViT's weights load unmapped and give the same logits. A Block works on packed
-tokens ([T, D] with their `Tokens`) and on a dense batch ([B, N, D], `tokens` None), which is the form that is exported.
+tokens ([T, D] with their `Tokens`) and on a dense batch ([B, N, D] with `Dense` or None), which is the form that is exported.
 
 Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", pre-norm as in timm's `vision_transformer`.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iret.attention import IMPORTANCE_FUNCTIONS, AttentionFunction, attend
+from iret.attention import IMPORTANCE_FUNCTIONS, AttentionFunction, Dense, attend
 from iret.tokens import Tokens
 
 NORM_EPS = 1e-6  # timm's value for ViT
@@ -23,7 +23,7 @@ NORM_EPS = 1e-6  # timm's value for ViT
 class Evidence:
     """What a block saw; a field is added when a second method needs it."""
 
-    importance_T: Float[Tensor, " T"]  # attention each patch received: sums to 1 an image, 0 at class tokens
+    importance_T: Float[Tensor, "*tokens"]  # attention each patch received: sums to 1 an image, 0 at class tokens
 
 
 class Attention(nn.Module):
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None = None, importance: str | None = None
+        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | Dense | None = None, importance: str | None = None
     ) -> tuple[Float[Tensor, "*tokens D"], Evidence | None]:
         """The update, and the evidence if an `importance` ("cls", "column") is asked for."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
@@ -70,12 +70,15 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None = None) -> Float[Tensor, "*tokens D"]:
+    def forward(
+        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | Dense | None = None
+    ) -> Float[Tensor, "*tokens D"]:
         if not self.training or self.rate == 0:
             return x
-        batch = x.shape[0] if tokens is None else tokens.batch_size
+        is_packed = isinstance(tokens, Tokens)
+        batch = tokens.batch_size if is_packed else x.shape[0]
         scale = x.new_empty(batch, 1).bernoulli_(1 - self.rate) / (1 - self.rate)
-        return x * (scale[:, None] if tokens is None else scale[tokens.image_T()])
+        return x * (scale[tokens.image_T()] if is_packed else scale[:, None])
 
 
 class Block(nn.Module):
@@ -97,7 +100,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(
-        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None = None, importance: str | None = None
+        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | Dense | None = None, importance: str | None = None
     ) -> tuple[Float[Tensor, "*tokens D"], Evidence | None]:
         update, evidence = self.attn(self.norm1(x), tokens, importance)
         x = x + self.drop_path(update, tokens)

@@ -1,0 +1,97 @@
+"""The engines a bundle's graphs run on, behind one call: arrays in the graph's order of inputs, arrays out.
+
+Nothing here knows what a graph computes. An engine is imported when it is asked for, so a device needs only its own.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Graph = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+
+
+def load_graph(engine: str, path: Path, threads: int | None = None) -> Graph:
+    """A graph ready to run on the CPU with so many threads (None: as many as the engine likes).
+
+    Raises:
+        ImportError: the engine is not installed; says how to install it.
+        ValueError: an engine that is unknown, or that cannot load the file.
+    """
+    if engine not in LOADERS:
+        raise ValueError(f"engine={engine!r} is unknown; choose from {', '.join(LOADERS)}.")
+    return LOADERS[engine](path, threads)
+
+
+def _import(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is not installed here; install it with: pip install 'iret[{extra}]'") from error
+
+
+def _load_onnxruntime(path: Path, threads: int | None) -> Graph:
+    ort = _import("onnxruntime", "onnx")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class of their own
+        raise ValueError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
+    names = [each.name for each in session.get_inputs()]
+
+    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return session.run(None, dict(zip(names, inputs, strict=True)))
+
+    return run
+
+
+def _load_openvino(path: Path, threads: int | None) -> Graph:
+    ov = _import("openvino", "openvino")
+    # Its CPU plug-in would compute in bf16 where the processor can; the answers must not depend on the machine.
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+    if threads:
+        config["INFERENCE_NUM_THREADS"] = threads
+    try:
+        request = ov.Core().compile_model(str(path), "CPU", config).create_infer_request()
+    except RuntimeError as error:
+        raise ValueError(f"OpenVINO cannot load {path}: {_first_line(error)}") from error
+
+    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        found = request.infer(list(inputs), share_inputs=True)
+        return [found[place].copy() for place in range(len(found))]  # its buffers are written again by the next call
+
+    return run
+
+
+def _load_executorch(path: Path, threads: int | None) -> Graph:
+    """Its Python binding speaks torch tensors, and so brings torch; on a device it is called from C++, Java or Swift."""
+    runtime = _import("executorch.runtime", "executorch").Runtime.get()
+    torch = importlib.import_module("torch")
+    if threads:
+        importlib.import_module("executorch.extension.pybindings.portable_lib")._unsafe_reset_threadpool(threads)
+    try:
+        method = runtime.load_program(path).load_method("forward")
+    except RuntimeError as error:
+        raise ValueError(f"ExecuTorch cannot load {path}: {_first_line(error)}") from error
+
+    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        found = method.execute([torch.from_numpy(np.ascontiguousarray(each)) for each in inputs])
+        return [each.numpy() for each in found]
+
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+LOADERS: dict[str, Callable[[Path, int | None], Graph]] = {
+    "onnxruntime": _load_onnxruntime,
+    "openvino": _load_openvino,
+    "executorch": _load_executorch,
+}
