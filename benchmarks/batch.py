@@ -30,7 +30,7 @@ from iret.precision import prepare
 from iret.runtime.cost import full_macs, plan_macs
 from iret.runtime.points import Plan, Point
 from iret.tokens import Tokens
-from iret.train.data import open_data
+from iret.train.data import name_of, open_data
 from iret.vit import VisionTransformer
 from iret.zoo import load
 
@@ -144,6 +144,13 @@ with torch.inference_mode():
     return int(done.stdout) / 1024
 
 
+def command_of(args: argparse.Namespace) -> str:
+    """What was typed, without the paths of this machine."""
+    words = {"counts": Path(args.counts).name, "data": name_of(args.data), "precision": args.precision}
+    words |= {"batch": args.batch, "rounds": args.rounds, "out": f"results/{args.out.name}"}
+    return " ".join(["python benchmarks/batch.py", *(f"--{name} {value}" for name, value in words.items())])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", default="iret_nano-cluttered-digits", help="calibrated model that keeps the counts")
@@ -157,16 +164,15 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     rows, samples = time_all(args)
     memory = {budget: peak_mib(budget, 64) for budget in (1.0, 0.6, 0.4, 0.25)}
-    found = {"command": " ".join(sys.argv), "rows": rows, "peak_mib_batch_64": memory, "env": doctor.report()}
+    found = {"command": command_of(args), "rows": rows, "peak_mib_batch_64": memory, "env": doctor.report()}
     (args.out / "batch.json").write_text(json.dumps(found, indent=1) + "\n")
     with (args.out / "samples.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("what", "round", "seconds"))
         writer.writerows((name, i, f"{s:.9f}") for name, each in samples.items() for i, s in enumerate(each.samples_s))
     lines = [
-        f"`python benchmarks/batch.py --precision {args.precision}`: `iret_small`, batch {args.batch}, one thread, "
-        f"{doctor.processor_name()}, counts of `{args.counts}` on {Path(args.data).name}; medians of {args.rounds} "
-        "interleaved rounds.",
+        f"`{command_of(args)}`: `iret_small`, batch {args.batch}, one thread, {doctor.processor_name()}; medians of "
+        f"{args.rounds} interleaved rounds.",
         "",
         "| what | MAC ratio | ms | times faster than full | share | padded / packed |",
         "|---|---|---|---|---|---|",

@@ -2,8 +2,9 @@
 
     python benchmarks/dial.py MODEL --data DATA --out results/...        one thread; run it alone on the machine
 
-MACs: `iret eval` at each budget. Milliseconds: the clock of this machine is measured first (as `iret calibrate --device-only`
-does, on noise); then test images are answered one by one, every budget on every image in an order drawn anew.
+MACs: `iret eval` at each budget. Between points: halfway between any two neighbours, is the accuracy within the 95 % interval
+of the chord between theirs? Milliseconds: the clock of this machine is measured first (as `iret calibrate --device-only` does,
+on noise); then test images are answered one by one, every budget on every image in an order drawn anew.
 """
 
 import argparse
@@ -46,6 +47,33 @@ def check_macs(model, data, max_images: int | None) -> list[dict]:
         }
         for budget, score in zip((1.0, *BUDGETS), scores, strict=True)
     ]
+
+
+def check_chords(model, data, max_images: int | None) -> list[dict]:
+    """Between every two neighbouring points: MACs and accuracy halfway, and the chord of theirs at the same MACs.
+
+    `is_inside`: they differ by at most 1.96 standard errors of an accuracy on so many images. All on the same images.
+    """
+    full, shares = full_macs(model.shape), model.points.shares  # cheapest first
+    budgets = np.append(shares, (shares[:-1] + shares[1:]) / 2).tolist()
+    scores = evaluate(model, data, [model.setting(budget) for budget in budgets], max_images=max_images)
+    points, halves = scores[: len(shares)], scores[len(shares) :]
+    macs, top1 = [point.macs_mean for point in points], [point.accuracy for point in points]
+    rows = []
+    for low, half in enumerate(halves):
+        both = slice(low, low + 2)
+        chord = float(np.interp(half.macs_mean, macs[both], top1[both]))
+        error = (chord * (1 - chord) / half.num_images) ** 0.5
+        row = {"budget": budgets[len(shares) + low], "met": half.macs_mean / full, "top1": half.accuracy}
+        rows.append(row | {"chord": chord, "is_inside": bool(abs(half.accuracy - chord) <= 1.96 * error)})
+    return rows
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """What was typed, without the paths of this machine."""
+    limit = [] if args.max_images is None else [f"--max-images {args.max_images}"]
+    words = [Path(args.model).name, f"--data {name_of(args.data)}", f"--images {args.images}", *limit]
+    return " ".join(["python benchmarks/dial.py", *words, f"--out results/{args.out.name}"])
 
 
 @torch.inference_mode()
@@ -94,18 +122,31 @@ def main() -> None:
     model = load(args.model)
     data = open_data(args.data, "test", model.preprocessing)
     with pin_threads(1):
-        found = {"model": args.model, "ms": check_ms(model, data, args.images, args.out / "samples.csv")}
+        found = {"command": command_of(args), "ms": check_ms(model, data, args.images, args.out / "samples.csv")}
     found["macs"] = check_macs(model, data, args.max_images)
+    found["chords"] = check_chords(model, data, args.max_images)
+    num_inside = sum(row["is_inside"] for row in found["chords"])
     (args.out / "dial.json").write_text(json.dumps(found, indent=1) + "\n")
     (args.out / "env.json").write_text(json.dumps(doctor.report(), indent=1) + "\n")
     lines = [
-        f"`python benchmarks/dial.py {args.model}`: one thread, {doctor.processor_name()}; test images of {name_of(args.data)}.",
+        f"`{command_of(args)}`: one thread, {doctor.processor_name()}; test images.",
         "",
         "| budget asked | met | error | top-1 |",
         "|---|---|---|---|",
         *(
             f"| {row['asked']:g} | {row['met']:.3f} | {row['error']:+.1%} | {row['top1']:.2%} |"
             for row in found["macs"]
+        ),
+        "",
+        f"Halfway between neighbouring points, top-1 lies within the 95 % interval of their chord at {num_inside} of "
+        f"{len(found['chords'])} places.",
+        "",
+        "| budget halfway | met | top-1 | chord | inside |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['budget']:.3f} | {row['met']:.3f} | {row['top1']:.2%} | {row['chord']:.2%} | "
+            f"{'yes' if row['is_inside'] else 'no'} |"
+            for row in found["chords"]
         ),
         "",
         "| ms asked | budget | met | error |",

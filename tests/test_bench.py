@@ -9,8 +9,9 @@ import torch
 
 import iret
 from iret.bench import bench, make_point, save
-from iret.measure.energy import EnergyMeter
+from iret.measure.energy import EnergyError, EnergyMeter
 from iret.runtime.cost import full_macs, plan_macs
+from iret.runtime.points import OperatingPoints, Plan, Point
 
 
 def make_model(**options) -> iret.Iret:
@@ -19,13 +20,31 @@ def make_model(**options) -> iret.Iret:
 
 
 class FakeMeter(EnergyMeter):
-    def __init__(self) -> None:
-        super().__init__("fake:0", "a fake board", resolution_s=0.001)
+    """Windows of 1 s: the first, of the idle machine, reads 1 J, the others 3 J; window number `fails_at` vanishes."""
 
-    def _begin(self) -> None: ...
+    def __init__(self, fails_at: int | None = None) -> None:
+        super().__init__("fake:0", "a fake board", resolution_s=0.001)
+        self.fails_at, self.num_windows = fails_at, 0
+
+    def _begin(self) -> None:
+        self.num_windows += 1
 
     def _end(self) -> tuple[float, float]:
-        return 3.0, 1.0
+        if self.num_windows == self.fails_at:
+            raise EnergyError("fake:0 vanished.")
+        return 1.0 if self.num_windows == 1 else 3.0, 1.0
+
+
+def with_two_plans(model: iret.Iret) -> iret.Iret:
+    """With a point at about half of the MACs whose images did one of two things."""
+    full, kinds = full_macs(model.shape), dict(accuracy=0.5, kept_mean=(64.0, 32.0, 32.0))
+    plans = tuple(Plan((64, kept, kept), (0, kept, kept)) for kept in (56, 8))
+    points = (
+        Point(thresholds=((0.0, 0.0),) * 2, macs_mean=float(full), macs_p95=float(full), **kinds),
+        Point(thresholds=((1.0, 1.0),) * 2, macs_mean=full / 2, macs_p95=full / 2, plans=plans, **kinds),
+    )
+    model.points = OperatingPoints(data="", num_images=1, full_macs=full, points=points)
+    return model
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.8])
@@ -78,10 +97,26 @@ def test_every_row_is_held_against_the_full_run_of_its_batch(tmp_path):
     assert len((tmp_path / "samples.csv").read_text().splitlines()) == 1 + 4 * 5
 
 
-def test_a_meter_gives_the_joules_of_an_image():
-    rows, _ = bench({"pico": make_model()}, [], [4], rounds=5, warm_up=0, meter=FakeMeter())
-    assert rows[0].energy_kind == "measured"
-    assert 0 < rows[0].joules <= 3.0 / 4
+def test_a_meter_gives_the_joules_of_an_image_over_the_idle_power(monkeypatch):
+    model, meter, calls = make_model(), FakeMeter(), []
+    monkeypatch.setattr(model, "forward", lambda images: calls.append(meter.num_windows))
+    rows, _ = bench({"pico": model}, [], [4], rounds=5, warm_up=0, meter=meter)
+    assert meter.num_windows == 2
+    assert (rows[0].energy_kind, rows[0].energy_source, rows[0].energy_scope) == ("measured", "fake:0", "a fake board")
+    assert rows[0].idle_watts == 1.0
+    assert rows[0].joules == pytest.approx((3.0 - 1.0) / (4 * calls.count(2)))
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_meter_that_vanishes_in_one_row_leaves_estimates_in_all(fails_at):
+    model, said = make_model(), []
+    rows, _ = bench({"pico": model}, [0.5], [1], rounds=5, warm_up=0, meter=FakeMeter(fails_at), say=said.append)
+    wanted, _ = bench({"pico": model}, [0.5], [1], rounds=5, warm_up=0)
+    assert "energy is estimated: fake:0 vanished." in said
+    for row, estimate in zip(rows, wanted, strict=True):
+        assert row.joules == estimate.joules
+        assert (row.energy_kind, row.energy_source, row.idle_watts) == ("estimated", "estimate:fp32", 0.0)
+        assert "45 nm" in row.energy_scope
 
 
 def test_the_replayed_batch_runs_at_its_plans(monkeypatch):
@@ -92,3 +127,19 @@ def test_the_replayed_batch_runs_at_its_plans(monkeypatch):
     bench({"pico": model}, [0.4], [3], rounds=5, warm_up=0)
     assert set(calls) == {(3, 3, point.plans)}
     assert len(calls) == 2 * 5  # an untimed call before each timed one
+
+
+@pytest.mark.parametrize("rounds", [5, 20])
+def test_the_macs_of_a_row_are_those_of_the_batches_that_were_timed(monkeypatch, rounds):
+    model, calls = with_two_plans(make_model()), []
+    monkeypatch.setattr(model, "replay", lambda images, plans, at: calls.append(plans))
+    rows, _ = bench({"pico": model}, [0.5], [3], rounds=rounds, warm_up=2)
+    leads, timed = calls[0::2][2:], calls[1::2][2:]  # after two rounds of warming up
+    assert leads == timed
+    assert len(timed) == rounds
+    plans = [plan for batch in timed for plan in batch]
+    assert len(set(plans)) == 2
+    macs = np.mean([plan_macs(model.shape, plan.kept, plan.refined, scored=True) for plan in plans])
+    assert rows[1].macs_share == pytest.approx(macs / full_macs(model.shape))
+    if rounds == 20:
+        assert len({tuple(batch) for batch in timed}) > 4  # of 8 draws, none is left out

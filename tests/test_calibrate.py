@@ -4,7 +4,7 @@ The labels are the model's own answers with everything kept, so dropping costs a
 """
 
 import contextlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +13,22 @@ import torch
 from PIL import Image
 
 from iret import calibrate as calibrate_module
-from iret.calibrate import FIRST_TRIALS, LEAST_CONFIDENCE, NUM_PLANS, Course, Memory, calibrate, fingerprint
+from iret.calibrate import (
+    FIRST_TRIALS,
+    LEAST_CONFIDENCE,
+    NUM_PLANS,
+    Course,
+    Memory,
+    calibrate,
+    fingerprint,
+    keep_clocks,
+    read_memory,
+)
 from iret.evaluate import evaluate
 from iret.model import Iret
+from iret.precision import prepare
 from iret.runtime.cost import Shape, full_macs, plan_macs
-from iret.runtime.points import OperatingPoints, Setting
+from iret.runtime.points import DeviceTable, OperatingPoints, Point, Setting
 from iret.train.data import ImageData
 
 NUM_IMAGES = 48
@@ -262,13 +273,94 @@ def test_a_search_whose_file_was_cut_off_ends_at_the_same_table(tmp_path, cut):
     assert file.read_bytes() == whole
 
 
-def test_the_memory_of_another_model_or_data_is_not_believed(tmp_path):
+def fingerprint_of(model: Iret, data: ImageData, num_images: int = 8) -> str:
+    return fingerprint(model, calibrate_module._Meter(model, data, num_images, 0).batches)
+
+
+def relabelled(data: ImageData) -> ImageData:
+    """The same images, the first with another label."""
+    read = lambda row: (data.read(row)[0], (data.read(row)[1] + (row == 0)) % 5)  # noqa: E731
+    return ImageData(data.rows, read, data.class_names, data.preprocess, "skip")
+
+
+def test_everything_that_decides_what_an_evaluation_gives_is_in_the_fingerprint():
+    model, other, normalised, scored = (make_model() for _ in range(4))
+    data = make_data(model)
+    other.patch_embed.weight.data[0, 0] += 0.3
+    normalised.preprocessing = replace(model.preprocessing, mean=(0.4, 0.5, 0.5))
+    scored.shape = replace(model.shape, importance="column")
+    found = {
+        fingerprint_of(model, data),
+        fingerprint_of(model, data, 9),
+        fingerprint_of(model, relabelled(data)),
+        fingerprint_of(other, data),
+        fingerprint_of(normalised, data),
+        fingerprint_of(scored, data),
+    }
+    assert len(found) == 6
+    assert fingerprint_of(make_model(), make_data(model)) == fingerprint_of(model, data)
+
+
+def test_data_of_the_same_name_with_one_label_changed_is_searched_anew(tmp_path):
     model, file = make_model(), tmp_path / "search.jsonl"
     data = make_data(model)
-    calibrate(model, data, data_name="mine", max_images=8, memory_path=file)
+    kinds = dict(data_name="mine", max_images=8, trials=1)
+    before = calibrate(model, data, memory_path=file, **kinds)
+    after = calibrate(model, relabelled(data), memory_path=file, **kinds)
+    assert after == calibrate(model, relabelled(data), **kinds)
+    assert after.points[0].accuracy == before.points[0].accuracy - 1 / 8
+
+
+def test_the_memory_of_another_model_is_not_believed(tmp_path):
+    model, file = make_model(), tmp_path / "search.jsonl"
+    data = make_data(model)
+    calibrate(model, data, data_name="mine", max_images=8, trials=1, memory_path=file)
     other = make_model()
     other.patch_embed.weight.data += 0.3
-    names = {fingerprint(model, "mine", 8), fingerprint(model, "yours", 8), fingerprint(model, "mine", 9)}
-    assert len(names | {fingerprint(other, "mine", 8)}) == 4
-    found = calibrate(other, data, data_name="mine", max_images=8, memory_path=file)
-    assert found == calibrate(other, data, data_name="mine", max_images=8)
+    found = calibrate(other, data, data_name="mine", max_images=8, trials=1, memory_path=file)
+    assert found == calibrate(other, data, data_name="mine", max_images=8, trials=1)
+
+
+def test_a_search_file_is_read_up_to_the_line_that_a_kill_cut_off(tmp_path):
+    file = tmp_path / "search.jsonl"
+    assert read_memory(file) == ("", {})
+    file.write_text('mark\n{"key": "a", "points": []}\n{"key": "b", "poi')
+    assert read_memory(file) == ("mark", {"a": []})
+
+
+# ---- clocks that were measured before
+
+
+def make_table(accuracy: float, *devices: str) -> OperatingPoints:
+    point = Point(thresholds=((0.0, 0.0),), accuracy=accuracy, macs_mean=9.0, macs_p95=9.0, kept_mean=(4.0, 4.0))
+    one = (1.0,)
+    kinds = dict(ms_mean=one, ms_p50=one, ms_p95=one, joules=one, rounds=3)
+    kinds |= dict(energy_source="estimate:fp32", energy_scope="", energy_kind="estimated")
+    tables = tuple(DeviceTable(device=device, **kinds) for device in devices)
+    return OperatingPoints(data="mine", num_images=4, full_macs=9, points=(point,), devices=tables)
+
+
+def test_the_same_points_keep_the_clocks_of_other_machines():
+    said = []
+    before = make_table(0.5, "a Pi", "a Xeon")
+    assert keep_clocks(make_table(0.5), before, "a Xeon", said.append) == before
+    assert keep_clocks(make_table(0.5), None, "a Xeon", said.append) == make_table(0.5)
+    assert not said
+
+
+def test_new_points_drop_the_clocks_of_other_machines_and_name_them():
+    said = []
+    assert keep_clocks(make_table(0.6), make_table(0.5, "a Pi", "a Xeon"), "a Xeon", said.append).devices == ()
+    assert said == ["the points are new, so their clocks elsewhere are dropped; measure again with --device-only: a Pi"]
+    keep_clocks(make_table(0.6), make_table(0.5, "a Xeon"), "a Xeon", said.append)
+    assert len(said) == 1  # that one is measured next
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_points_are_searched_in_float32_alone(precision):
+    model, context = prepare(make_model(), precision)
+    with (
+        context,
+        pytest.raises(ValueError, match=f"searched in float32 .* a clock in {precision}, .* add --device-only"),
+    ):
+        calibrate(model, make_data(make_model()), data_name="mine")

@@ -284,7 +284,7 @@ def test_simulate_plays_a_day_on_the_clock_of_the_model(tmp_path, capsys):
     assert (tmp_path / "day.png").stat().st_size > 1000
 
 
-def test_a_goal_lets_the_controller_choose_and_says_why(tmp_path, capsys):
+def test_a_goal_lets_the_controller_choose_and_says_why(tmp_path, capsys, monkeypatch):
     with_clock(tmp_path / "m")
     photos = [make_photo(tmp_path / f"{index}.png", index) for index in range(3)]
     line = ["predict", *photos, "--model", str(tmp_path / "m")]
@@ -294,6 +294,20 @@ def test_a_goal_lets_the_controller_choose_and_says_why(tmp_path, capsys):
     assert all(each["macs_share"] > 0.99 for each in the_object(capsys)["predictions"])  # a watt-hour is plenty
     assert cli.main([*line, "--battery", "1", "--rate", "1", "--battery-wh", "0.02", "--json"]) == 0
     assert all(each["macs_share"] < 0.5 for each in the_object(capsys)["predictions"])  # 0.02 J an image
+    idle = ["--battery-wh", "0.04", "--idle-watts", "0.02"]  # leaves as much
+    assert cli.main([*line, "--battery", "1", "--rate", "1", *idle, "--json"]) == 0
+    assert all(each["macs_share"] < 0.5 for each in the_object(capsys)["predictions"])
+    monkeypatch.setattr("iret.pilot.read_battery", lambda: None)
+    assert cli.main([*line, "--battery", "1", "--rate", "1", "--battery-wh", "1"]) == 0
+    assert "the table's joules are estimates, and no gauge has confirmed them yet" in capsys.readouterr().err
+
+
+def test_leaving_early_goes_with_a_goal(tmp_path, monkeypatch):
+    with_clock(tmp_path / "m")
+    monkeypatch.setattr("iret.predict.warm_up", lambda model: None)
+    asked, line = asked_of_the_model(monkeypatch), ["predict", make_photo(tmp_path / "p.png"), "--deadline", "5"]
+    assert cli.main([*line, "--model", str(tmp_path / "m"), "--exit-confidence", "0.7"]) == 0
+    assert asked == [(((1.0, 1.0), (1.0, 1.0)), 0.7)]
 
 
 def test_bench_times_every_model_batch_and_budget(tmp_path, capsys):
@@ -413,6 +427,9 @@ def mistake(tmp_path: Path, capsys, line: str) -> str:
         ("p.png --deadline 5 --model bare", "bare has no operating points to choose from; run `iret calibrate` first"),
         ("p.png --deadline 5 --budget 0.5", "goals let a controller turn the dial; leave out --budget"),
         ("p.png --battery 8", "hours and images_per_second belong together"),
+        ("p.png --battery-wh 20", "--battery-wh tells of the battery; say with --battery how long it must last"),
+        ("p.png --rate 1 --deadline 5", "--rate tells of the battery; say with --battery how long"),
+        ("p.png --idle-watts 1 --budget 0.5", "--idle-watts tells of the battery"),
         ("p.png --ms 5", "no clock was measured on this device"),
         ("p.png --ms 5 --model bare", "ms=5 needs operating points, .* `iret calibrate MODEL --data DATA`"),
         ("p.png --exit-confidence nan", "confidence.*nan"),

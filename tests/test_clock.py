@@ -1,17 +1,20 @@
 """The clock columns of a table: what is replayed, how often, and whose joules they are."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import iret
-from iret.clock import MIN_ROUNDS, estimate_image, measure_device, measure_joules
+from iret import clock
+from iret.clock import MIN_ROUNDS, estimate_image, measure_device, measure_joules, spread
 from iret.doctor import describe_device
 from iret.measure.energy import EnergyError, EnergyMeter
-from iret.measure.estimate import HOROWITZ
-from iret.runtime.cost import full_macs, numbers_moved, plan_macs
+from iret.measure.estimate import HOROWITZ, EstimateMeter
+from iret.precision import to_int8
+from iret.runtime.cost import block_linears, full_macs, numbers_moved, plan_macs
 from iret.runtime.points import OperatingPoints, Plan, Point
 
 
@@ -31,18 +34,23 @@ def make_model() -> iret.Iret:
 
 
 class FakeMeter(EnergyMeter):
-    """Tells 2 J a window; `fails`: vanishes."""
+    """Windows of 1 s at 0.5 W and what is added to `spent_j` meanwhile; window number `fails_at` vanishes."""
 
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self, fails_at: int | None = None) -> None:
         super().__init__("fake:0", "a fake board", resolution_s=0.01)
-        self.fails = fails
+        self.fails_at, self.num_windows, self.spent_j = fails_at, 0, 0.0
 
-    def _begin(self) -> None: ...
+    def _begin(self) -> None:
+        self.num_windows, self.spent_j = self.num_windows + 1, 0.0
 
     def _end(self) -> tuple[float, float]:
-        if self.fails:
+        if self.num_windows == self.fails_at:
             raise EnergyError("fake:0 vanished.")
-        return 2.0, 1.0
+        return 0.5 + self.spent_j, 1.0
+
+
+def spend(meter: FakeMeter, joules: float) -> None:
+    meter.spent_j += joules
 
 
 def test_the_columns_are_of_this_device_and_come_with_their_samples():
@@ -67,36 +75,89 @@ def test_points_without_plans_say_what_to_run():
         measure_device(model, table)
 
 
-def test_a_meter_is_asked_for_every_point():
+# ---- what fits the time
+
+
+@pytest.mark.parametrize(
+    ("call_s", "num_plans", "num_rounds"),
+    [(0.01, 24, 15), (0.1, 24, 5), (0.2, 18, 3), (0.5, 6, 4), (5.0, 2, 3)],  # 30 s are (1 + rounds) * 2 calls a plan
+)
+def test_slow_models_are_timed_on_fewer_plans_and_never_on_fewer_rounds(monkeypatch, call_s, num_plans, num_rounds):
+    model, now = make_model(), [0.0]
+    points = [replace(point, plans=point.plans[:1] * 12) for point in model.points.points]
+    work = {(row, column): lambda: now.append(now[-1] + call_s) for row in (0, 1) for column in range(12)}
+    monkeypatch.setattr(clock.time, "monotonic", lambda: now[-1])
+    chosen, rounds, round_s = clock._fit(work, points, None)
+    assert (len(chosen), rounds) == (num_plans, num_rounds)
+    assert round_s == pytest.approx(2 * call_s * num_plans)
+    assert [sum(row == each for row, _ in chosen) for each in (0, 1)] == [num_plans / 2] * 2
+
+
+def test_plans_that_stay_are_the_middles_of_equal_shares():
+    assert spread(12, 12) == list(range(12))
+    assert spread(12, 4) == [1, 4, 7, 10]
+    assert spread(12, 3) == [2, 6, 10]
+    assert spread(12, 1) == [6]
+    assert spread(1, 1) == [0]
+
+
+def test_a_model_too_slow_for_every_plan_still_has_all_its_columns(monkeypatch):
     model = make_model()
-    table, _ = measure_device(model, model.points, FakeMeter())
+    monkeypatch.setattr(clock, "TIME_LIMIT_S", 0.0)
+    table, samples = measure_device(model, model.points)
+    assert set(samples) == {(0, 0), (1, 1)}
+    assert table.rounds == MIN_ROUNDS
+    assert len(table.ms_mean) == len(table.joules) == 2
+
+
+# ---- joules
+
+
+def test_a_meter_is_asked_for_every_point_and_once_for_the_idle_machine(monkeypatch):
+    """An image costs a millijoule a patch over three stages: 192 and 76."""
+    model, meter, said = make_model(), FakeMeter(), []
+    monkeypatch.setattr(model, "replay", lambda images, plans, point: spend(meter, 1e-3 * sum(plans[0].kept)))
+    table, _ = measure_device(model, model.points, meter, said.append)
     assert (table.energy_kind, table.energy_source, table.energy_scope) == ("measured", "fake:0", "a fake board")
-    assert all(joules > 0 for joules in table.joules)
+    assert meter.num_windows == 1 + 2
+    assert table.idle_watts == 0.5
+    assert table.joules == pytest.approx((0.192, 0.076))
+    assert said[1] == "then joules from fake:0: 2 windows of 0.012 s and one of the idle machine, 0 s or more"
 
 
-def test_a_meter_that_vanishes_leaves_the_estimate_and_says_so():
-    model, said = make_model(), []
-    table, _ = measure_device(model, model.points, FakeMeter(fails=True), said.append)
-    assert table.energy_kind == "estimated"
-    assert table.joules == measure_device(model, model.points)[0].joules
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_meter_that_vanishes_at_any_window_leaves_estimates_alone_and_says_so(monkeypatch, fails_at):
+    model, meter, said = make_model(), FakeMeter(fails_at), []
+    wanted = measure_device(model, model.points)[0]
+    monkeypatch.setattr(model, "replay", lambda images, plans, point: spend(meter, 0.1))
+    table, _ = measure_device(model, model.points, meter, said.append)
+    assert (table.energy_kind, table.energy_source, table.idle_watts) == ("estimated", "estimate:fp32", 0.0)
+    assert table.joules == wanted.joules
     assert "energy is estimated: fake:0 vanished." in said
 
 
-def test_a_meter_that_vanishes_halfway_leaves_estimates_alone(monkeypatch):
-    model, meter = make_model(), FakeMeter()
-    ends = iter([(2.0, 1.0), (0.0, 1.0)])  # the second: a sensor that is stuck
-    monkeypatch.setattr(meter, "_end", lambda: next(ends))
-    table, _ = measure_device(model, model.points, meter)
+def test_work_that_adds_nothing_to_the_idle_power_is_estimated(monkeypatch):
+    model, said = make_model(), []
+    monkeypatch.setattr(model, "replay", lambda images, plans, point: None)
+    table, _ = measure_device(model, model.points, FakeMeter(), said.append)
     assert table.energy_kind == "estimated"
-    assert table.joules == measure_device(model, model.points)[0].joules
+    assert "measure the idle baseline again" in said[-1]
 
 
 def test_measured_joules_are_shared_by_the_images_of_the_window():
-    calls = []
-    joules, kind = measure_joules([lambda: calls.append(1), lambda: calls.append(2)], 8, FakeMeter(), None, 9.0, print)
-    assert kind == "measured"
-    assert joules == pytest.approx(2.0 / (8 * len(calls)))
-    assert len(calls) % 2 == 0
+    calls, meter = [], FakeMeter()
+
+    def call(number: int) -> None:
+        calls.append(number)
+        spend(meter, 8 * 0.25)
+
+    measured = measure_joules([([lambda: call(1), lambda: call(2)], 8)], meter, None, print)
+    assert measured == (pytest.approx([0.25]), 0.5)
+    assert calls == [1, 2] * (len(calls) // 2)
+
+
+def test_an_estimate_is_no_meter_to_ask():
+    assert measure_joules([([pytest.fail], 1)], EstimateMeter(), None, print) is None
 
 
 def test_the_estimate_is_arithmetic_and_memory():
@@ -104,14 +165,15 @@ def test_the_estimate_is_arithmetic_and_memory():
     for point in model.points.points:
         plan, scored = point.plans[0], bool(np.any(point.thresholds))
         macs = plan_macs(model.shape, plan.kept, plan.refined, scored=scored)
-        wanted = macs * HOROWITZ["fp32"].mac_j + 4 * numbers_moved(model.shape, plan.kept) * HOROWITZ["fp32"].byte_j
+        moved = numbers_moved(model.shape, plan.kept, plan.refined)
+        wanted = macs * HOROWITZ["fp32"].mac_j + 4 * moved * HOROWITZ["fp32"].byte_j
         assert math.isclose(estimate_image(model, point, plan), wanted)
 
 
-def test_numbers_moved_by_hand():
-    shape = make_model().shape
-    weights = 12 * (1 * 32**2 + 2 * 64**2 + 2 * 64**2)
-    tokens = 16 * (65 * 1 * 32 + 9 * 2 * 64 + 5 * 2 * 64)
-    between = 32 * 64 + 9 * (32 + 64) + 64 * 64 + 5 * (64 + 64)
-    assert numbers_moved(shape, (64, 8, 4)) == weights + tokens + between + 64 * (3 * 4**2 + 32)
-    assert numbers_moved(shape, (64,)) == 12 * 32**2 + 16 * 65 * 32 + 64 * (3 * 4**2 + 32)
+def test_the_estimate_in_int8_spares_the_products_and_weights_of_blocks_alone():
+    model = make_model()
+    point = model.points.points[1]
+    (plan, _), fp32, int8 = point.plans, HOROWITZ["fp32"], HOROWITZ["int8"]
+    weights, products = block_linears(model.shape, plan.kept)
+    spared = products * (fp32.mac_j - int8.mac_j) + weights * (4 - 1) * fp32.byte_j
+    assert math.isclose(estimate_image(to_int8(model), point, plan), estimate_image(model, point, plan) - spared)

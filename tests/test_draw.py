@@ -5,10 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from iret.draw import DIM, MARGIN, OUTLINE, PANEL, VEIL, draw_focus, draw_tradeoff, stack
+from iret.draw import DIM, MARGIN, OUTLINE, PANEL, VEIL, draw_focus, draw_search, draw_tradeoff, stack
 from iret.model import Iret
 from iret.output import Trace
 from iret.runtime.cost import Shape
+from iret.runtime.points import OperatingPoints, Point
 
 SIDE, PATCH = 16, 4  # a grid of 4 x 4 patches
 SCALE = PANEL // SIDE
@@ -150,6 +151,19 @@ def test_pictures_are_stacked_on_white():
     assert np.asarray(sheet).tolist() == [
         [list(c) for c in row] for row in ((red, red, white), (blue,) * 3, (blue,) * 3)
     ]
+
+
+@pytest.mark.parametrize(
+    "search", [None, "mark\n", 'mark\n{"key": "a", "points": [{"macs_mean": 5.0, "accuracy": 0.5}]}\n{"key": "b", "po']
+)
+def test_a_search_is_drawn_whether_it_is_there_or_was_cut_off_by_a_kill(tmp_path, search):
+    point = Point(thresholds=((0.0, 0.0),), accuracy=0.5, macs_mean=9.0, macs_p95=9.0, kept_mean=(4.0, 4.0))
+    points = OperatingPoints(data="mine", num_images=4, full_macs=9, points=(point,))
+    if search is not None:
+        (tmp_path / "search.jsonl").write_text(search)
+    draw_search(points, tmp_path / "search.jsonl", tmp_path / "search.png")
+    with Image.open(tmp_path / "search.png") as picture:
+        picture.load()
 
 
 def test_the_tradeoff_is_a_picture_that_opens(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 
 from iret.measure.battery import Battery
+from iret.measure.energy import EnergyError
 from iret.pilot import Pilot
 from iret.runtime.controller import Goal, Menu
 
@@ -38,6 +39,58 @@ def test_no_battery_at_all_is_said():
     decision = pilot.next()
     assert decision.budget == 0.2
     assert decision.broken == ("battery",)
+
+
+def test_the_time_of_several_images_is_their_mean():
+    pilot = Pilot(MENU, Goal(deadline_ms=12.5), clock=lambda: 0.0)
+    assert pilot.next().budget == 1.0
+    for _ in range(100):
+        for time_s in (0.019, 0.001):  # 10 ms in the mean, as the table says
+            pilot.note(time_s)
+        assert pilot.next().budget == 1.0
+    for _ in range(100):
+        for time_s in (0.039, 0.001):
+            pilot.note(time_s)
+        last = pilot.next()
+    assert last.budget < 1
+
+
+def test_sensors_that_vanish_are_named_and_the_answers_go_on():
+    def fail_from_the_second(value, error: Exception):
+        asked = []
+
+        def read():
+            asked.append(None)
+            if len(asked) > 1:
+                raise error
+            return value
+
+        return read
+
+    pilot = Pilot(
+        MENU,
+        Goal(hours=1.0, images_per_second=1.0, max_celsius=60.0),
+        battery=fail_from_the_second(battery(3600 * 0.2), EnergyError("BAT0/energy_now is gone; it was taken out.")),
+        thermometer=fail_from_the_second(30.0, OSError("the thermometer fell off")),
+        clock=lambda: 0.0,
+    )
+    first = pilot.next()
+    assert (first.budget, first.doubts) == (1.0, ())
+    for _ in range(3):
+        pilot.note(0.010)
+        decision = pilot.next()
+        assert decision.budget == 1.0
+        assert decision.doubts[:2] == ("BAT0/energy_now is gone; it was taken out.", "the thermometer fell off")
+
+
+def test_a_battery_that_never_answers_is_reckoned_from_the_full_one():
+    def broken():
+        raise EnergyError("the gauge is broken")
+
+    goal = Goal(hours=1.0, images_per_second=1.0, battery_joules=3600 * 0.04)
+    decision = Pilot(MENU, goal, battery=broken, clock=lambda: 0.0).next()
+    assert decision.budget == pytest.approx(0.4, abs=0.03)
+    assert decision.doubts == ("the gauge is broken",)
 
 
 def test_a_machine_slower_than_its_table_is_learned_from_the_times_noted():

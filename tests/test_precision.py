@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import iret
-from iret.precision import Int8Linear, prepare, to_int8
-from iret.runtime.points import PRECISIONS
+from iret.precision import Int8Linear, adds_in_16_bits, prepare, to_int8
+from iret.runtime.points import BUDGETS, PRECISIONS
 
 
 def make_model() -> iret.Iret:
@@ -42,7 +42,7 @@ def test_int8_answers_as_float_does_at_every_budget():
     model = make_model()
     quantised = to_int8(model)
     with torch.no_grad():
-        for budget in (1.0, 0.5):
+        for budget in BUDGETS:
             wanted, got = model(photos(), budget=budget), quantised(photos(), budget=budget)
             assert (wanted.argmax(1) == got.argmax(1)).float().mean() >= 0.9  # of 16; noise images are near ties
         assert (model(photos()) - quantised(photos())).abs().max() < 0.2  # logits of up to 3
@@ -64,6 +64,49 @@ def test_an_image_of_an_int8_batch_keeps_its_own_count():
     with torch.no_grad():
         out = quantised.run(photos(), 0.8)
     assert len(set(out.trace.kept[1].sum((1, 2)).tolist())) > 1
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_an_int8_answer_depends_a_little_on_its_batch_mates(budget):
+    """The one exception to the rule that it does not: the scale of what enters a layer is that of the batch."""
+    quantised, images = to_int8(make_model()), photos()
+    with torch.no_grad():
+        together = quantised(images, budget=budget)
+        alone = torch.cat([quantised(image[None], budget=budget) for image in images])
+    difference = (together - alone).abs()  # of logits with a standard deviation of 1
+    assert 0 < difference.mean() < 0.05
+    assert difference.max() < (0.1 if budget == 1 else 0.3)  # more where a patch falls on the other side of a threshold
+
+
+@pytest.mark.parametrize(
+    ("machine", "has_vnni", "overflows"),
+    [
+        ("x86_64", True, False),
+        ("x86_64", False, True),
+        ("AMD64", False, True),
+        ("x86_64", None, True),
+        ("aarch64", False, False),
+    ],
+)
+def test_inputs_lose_a_bit_only_where_products_are_added_in_16(monkeypatch, machine, has_vnni, overflows):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    if has_vnni is None:  # a torch that cannot tell
+        monkeypatch.delattr(torch.cpu, "_is_vnni_supported")
+    else:
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
+    assert adds_in_16_bits() is overflows
+    assert Int8Linear(nn.Linear(4, 4)).reduce_range is overflows
+
+
+@pytest.mark.parametrize("overflows", [True, False])
+def test_sums_of_the_largest_products_are_right_on_this_machine(monkeypatch, overflows):
+    """4 inputs and weights of 1: in 16 bits, two products of 255 and 127 are more than 32767."""
+    if overflows is False and adds_in_16_bits():
+        pytest.skip("this processor adds int8 products in 16 bits")
+    monkeypatch.setattr("iret.precision.adds_in_16_bits", lambda: overflows)
+    linear = nn.Linear(4, 1, bias=False)
+    linear.weight.data.fill_(1.0)
+    assert Int8Linear(linear)(torch.ones(1, 4)).item() == pytest.approx(4.0, rel=0.01)
 
 
 def test_an_int8_model_is_not_saved(tmp_path):

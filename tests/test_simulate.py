@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from iret.runtime.controller import Goal, Menu
@@ -26,8 +27,8 @@ def test_the_controller_finishes_the_day_where_full_budget_dies_and_is_right_at_
     day = replace(DAY, arrivals=arrivals, burst=90.0 if arrivals == "bursts" else 20.0)
     controller, *fixed = simulate(MENU, day.goal(), day)
     assert (controller.policy, fixed[0].policy, fixed[-1].policy) == ("controller", "fixed 0.2", "fixed 1")
-    assert controller.is_alive and controller.hours == 1.0 and controller.answered == controller.images
-    assert not fixed[-1].is_alive and fixed[-1].hours < 0.95
+    assert controller.lasts and controller.hours == 1.0 and controller.answered == controller.images
+    assert not fixed[-1].lasts and fixed[-1].hours < 0.95
     assert controller.correct >= max(outcome.correct for outcome in fixed)
 
 
@@ -54,10 +55,33 @@ def test_an_idle_device_takes_energy_and_may_die_of_it():
     menu = replace(MENU, idle_watts=0.05)  # 180 J an hour
     day = replace(DAY, battery_joules=400.0)
     controller, cheapest, *_ = simulate(menu, day.goal(), day)
-    assert controller.is_alive and controller.hours == 1.0
+    assert controller.lasts and controller.hours == 1.0
     assert cheapest.energy_j == pytest.approx(180 + 0.02 * cheapest.images, rel=0.01)
     day = replace(DAY, battery_joules=90.0, images_per_second=0.001)
     assert simulate(menu, day.goal(), day)[1].hours == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_device_that_dies_idle_after_its_last_image_does_not_last(tmp_path, monkeypatch):
+    menu = replace(MENU, idle_watts=0.05)
+    day = replace(DAY, spread=0.0, busy=0.01, battery_joules=179.0 + 36 * 0.1)  # 20 s short of an hour at full budget
+    full = simulate(menu, day.goal(), day)[-1]
+    assert full.answered == full.images == 36
+    assert not full.lasts and full.hours == pytest.approx(1 - 20 / 3600)
+    labels, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *args, **kinds: labels.append(kinds["label"]) or plot(*args, **kinds))
+    draw([full, full], tmp_path / "day.png", "a day")
+    assert len(labels) == 6 and all(label.startswith("fixed 1: dies after 1.0 h") for label in labels)
+
+
+def test_every_operating_point_is_played_once_and_the_foot_of_a_cliff_is_none():
+    menu = Menu(
+        budget=(0.2, 0.9 - 1e-6, 0.9, 0.9004, 1.0),
+        accuracy=(0.5, 0.5, 0.6, 0.65, 0.7),
+        joules=(0.02, 0.02, 0.08, 0.085, 0.1),
+    )
+    controller, *fixed = simulate(menu, DAY.goal(), DAY)
+    assert [outcome.policy for outcome in fixed] == ["fixed 0.2", "fixed 0.9", "fixed 0.9004", "fixed 1"]
+    assert controller.lasts and controller.correct > fixed[0].correct
 
 
 def test_temperature_settles_where_the_power_says_and_the_controller_stays_under_the_cap():

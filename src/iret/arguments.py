@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from iret.runtime.bundle import ENGINES
 from iret.runtime.points import BUDGETS, PRECISIONS
 
 DEFAULT_MODEL = "iret_pico-cifar10"
@@ -21,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval_and_calibrate(verbs)
     _add_bench(verbs)
     _add_simulate(verbs)
+    _add_export(verbs)
     card = _verb(verbs, "card", "measure a model folder and write its model card")
     card.add_argument("model", help="model folder")
     card.add_argument("--data", required=True, help="as for train; its test images are used")
@@ -94,8 +96,8 @@ def _add_eval_and_calibrate(verbs) -> None:
     calibrate.add_argument("--data", help="as for train; its held-out images are used")
     calibrate.add_argument("--device-only", action="store_true", help="measure the clock of this device alone; no data")
     calibrate.add_argument("--out", help="model folder to write (default: MODEL, if it is a folder)")
-    calibrate.add_argument("--trials", type=int, default=8, help="courses through thresholds to try (default 8)")
-    calibrate.add_argument("--max-images", type=int, default=5000, help="held-out images at most (default 5000)")
+    calibrate.add_argument("--trials", type=int, help="courses through thresholds to try (default 8)")
+    calibrate.add_argument("--max-images", type=int, help="held-out images at most (default 5000)")
     calibrate.add_argument("--show", metavar="PNG", help="draw the search and what it found")
     _add_data(calibrate)
     _add_clock(calibrate)
@@ -113,7 +115,7 @@ def _add_simulate(verbs) -> None:
     )
     day.add_argument("--arrivals", choices=("steady", "office", "bursts"), default="office", help="default %(default)s")
     day.add_argument("--busy", type=float, default=0.9, help="share of the stated images that come (default 0.9)")
-    day.add_argument("--idle-watts", type=float, default=0.0, help="that the device draws always (default 0)")
+    day.add_argument("--idle-watts", type=float, help="that the device draws always (default: as measured, else 0)")
     day.add_argument("--max-celsius", type=float, help="temperature to stay under")
     day.add_argument("--kelvin-per-watt", type=float, default=8.0, help="of the device's case (default 8)")
     day.add_argument("--clock", help="device whose columns are played (default: the only one, or this one)")
@@ -134,6 +136,26 @@ def _add_bench(verbs) -> None:
     _add_precision(bench)
     bench.set_defaults(threads=1)
     _add_common(bench)
+
+
+def _add_export(verbs) -> None:
+    export = _verb(verbs, "export", "write a bundle that runs without torch: graphs, table, preprocessing, labels")
+    export.add_argument("model", help="shipped name, folder or hub id")
+    export.add_argument("--format", choices=tuple(ENGINES), default="onnx", help="of the graphs (default %(default)s)")
+    export.add_argument("--out", required=True, metavar="FOLDER", help="new, or an older bundle to replace")
+    export.add_argument("--single-graph", action="store_true", help="one graph, thresholds among its inputs; batch 1")
+    export.add_argument("--int8", action="store_true", help="by the engine's own quantiser, calibrated on --data")
+    export.add_argument(
+        "--buckets",
+        type=_read_counts,
+        default=(),
+        metavar="N,N,...",
+        help="graphs for these numbers of patches alone, for accelerators of static shapes",
+    )
+    export.add_argument("--data", help="as for train; check, and calibrate int8, on its images")
+    export.add_argument("--max-images", type=int, default=64, help="of --data (default %(default)s)")
+    _add_data(export)
+    export.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def _verb(verbs, name: str, summary: str) -> argparse.ArgumentParser:
@@ -163,6 +185,9 @@ def _add_goal(dial, parser: argparse.ArgumentParser) -> None:
     goal.add_argument(
         "--battery-wh", type=float, help="of the full battery, where the gauge tells a percentage or nothing"
     )
+    goal.add_argument(
+        "--idle-watts", type=float, help="that the device draws always (default: as iret calibrate measured, or 0)"
+    )
     goal.add_argument("--deadline", type=float, metavar="MS", help="for 95 of 100 images")
     goal.add_argument("--max-celsius", type=float, help="temperature to stay under")
     goal.add_argument("--min-accuracy", type=float, help="in (0, 1], by the table; yields to the other goals")
@@ -170,6 +195,9 @@ def _add_goal(dial, parser: argparse.ArgumentParser) -> None:
 
 def _add_clock(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--meter", default="auto", help="source of joules; `iret doctor` lists them (default auto)")
+    parser.add_argument(
+        "--battery-wh", type=float, help="of the full battery, for --meter battery where its gauge is a percentage"
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -193,6 +221,10 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
 def _add_common(parser: argparse.ArgumentParser, device: str = "cpu") -> None:
     parser.add_argument("--device", default=device, help="cpu, cuda or mps (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _read_counts(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
 
 
 def read_thresholds(words: Sequence[str]) -> object:

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from iret import doctor
-from iret.clock import estimate_image, measure_joules, synchronizer
+from iret.clock import Say, announce, estimate_image, estimate_meter, measure_joules, synchronizer
 from iret.measure.energy import EnergyMeter
 from iret.measure.latency import Latency, measure_latency
 from iret.model import Iret
@@ -27,9 +27,9 @@ from iret.runtime.points import Plan, Point, check_budget
 from iret.weights import write_atomically
 
 NUM_DRAWS = 8  # different batches of plans that the rounds cycle through
+LEAD = 1  # untimed calls before each timed one, of the same batch of plans
 
 Key = tuple[str, int, float]  # model, batch size, budget
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,11 @@ class Row:
     images_per_s: float  # at the median
     speedup: float  # median over rounds of the full run's time to this one's
     share: float
-    joules: float  # an image
-    energy_kind: str
+    joules: float  # an image, net of `idle_watts`
+    idle_watts: float  # of the machine at rest, taken off the joules; 0 where they are estimated
+    energy_source: str
+    energy_scope: str
+    energy_kind: str  # "measured" or "estimated", the same in all rows
 
 
 def make_point(model: Iret, budget: float) -> Point:
@@ -97,7 +100,7 @@ def _uniform(model: Iret, share: float) -> Point:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One model at one budget and batch size; every call replays the next batch of plans."""
+    """One model at one budget and batch size; every round replays the next batch of plans, `macs_share` is of those timed."""
 
     model: Iret
     images: torch.Tensor
@@ -107,14 +110,19 @@ class _Candidate:
     estimate_j: float  # an image
 
     @classmethod
-    def draw(cls, model: Iret, images: torch.Tensor, budget: float, generator: random.Random) -> "_Candidate":
+    def draw(
+        cls, model: Iret, images: torch.Tensor, budget: float, timed: range, generator: random.Random
+    ) -> "_Candidate":
+        """`timed`: the numbers of the rounds that are timed."""
         point = _uniform(model, 1.0) if budget == 1 else make_point(model, budget)
         drawn = [generator.choices(point.plans, k=len(images)) for _ in range(NUM_DRAWS)]
-        plans, scored = [plan for batch in drawn for plan in batch], bool(np.any(point.thresholds))
+        plans = [plan for round_ in timed for plan in drawn[round_ % NUM_DRAWS]]
+        scored = bool(np.any(point.thresholds))
         macs = np.mean([plan_macs(model.shape, plan.kept, plan.refined, scored=scored) for plan in plans])
         joules = np.mean([estimate_image(model, point, plan) for plan in plans])
         share = 1.0 if budget == 1 else float(macs) / full_macs(model.shape)
-        return cls(model, images, point, cycle(drawn), share, float(joules))
+        calls = cycle([batch for batch in drawn for _ in range(LEAD + 1)])
+        return cls(model, images, point, calls, share, float(joules))
 
     def __call__(self) -> object:
         if not np.any(self.point.thresholds):
@@ -136,27 +144,33 @@ def bench(
 ) -> tuple[list[Row], dict[Key, Latency]]:
     """Rows and raw samples of every model, batch size and budget; the full run is timed in the same rounds.
 
-    `meter` None, or one that fails: joules are estimated, of arithmetic and memory alone.
+    Joules are net of the idle machine's power, which is measured once. `meter` None, or one that fails in any row: all are
+    estimated, of arithmetic and memory alone.
 
     Raises:
         ValueError: a budget that a model cannot serve.
     """
-    generator = random.Random(seed)
+    generator, timed = random.Random(seed), range(warm_up, warm_up + rounds)
     work: dict[Key, _Candidate] = {}
     for name, model in models.items():
         model.eval()
         for batch in batches:
             images = torch.randn(batch, model.shape.in_chans, *model.shape.img_size, device=model.pos_embed.device)
             for budget in dict.fromkeys((1.0, *budgets)):
-                work[name, batch, budget] = _Candidate.draw(model, images, budget, generator)
+                work[name, batch, budget] = _Candidate.draw(model, images, budget, timed, generator)
     say(f"{len(work)} candidates, {warm_up} + {rounds} rounds, each timed call after an untimed one")
+    if meter is not None:
+        announce(meter, len(work), say)
     wait = synchronizer(next(iter(models.values())).pos_embed.device)
-    samples = measure_latency(work, rounds=rounds, warm_up=warm_up, lead=1, seed=seed, synchronize=wait)
+    samples = measure_latency(work, rounds=rounds, warm_up=warm_up, lead=LEAD, seed=seed, synchronize=wait)
+    calls = [([call], batch) for (_, batch, _), call in work.items()]
+    measured = None if meter is None else measure_joules(calls, meter, wait, say)
+    joules, idle_w = measured or ([call.estimate_j for call in work.values()], 0.0)
     rows = []
-    for key, latency in samples.items():
+    for (key, latency), energy_j in zip(samples.items(), joules, strict=True):
         name, batch, budget = key
         speedup = float(np.median(samples[name, batch, 1.0].samples_s / latency.samples_s))
-        joules, kind = measure_joules([work[key]], batch, meter, wait, work[key].estimate_j, say)
+        source = meter if meter is not None and measured else estimate_meter(models[name])
         rows.append(
             Row(
                 model=name,
@@ -168,8 +182,11 @@ def bench(
                 images_per_s=1e3 * batch / latency.p50_ms,
                 speedup=speedup,
                 share=speedup * work[key].macs_share,
-                joules=joules,
-                energy_kind=kind,
+                joules=energy_j,
+                idle_watts=idle_w,
+                energy_source=source.source,
+                energy_scope=source.scope,
+                energy_kind=source.kind,
             )
         )
     return rows, samples

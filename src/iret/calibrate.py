@@ -17,8 +17,8 @@ to depth; TPE is Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimizat
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iret.clock import Say
 from iret.evaluate import check_classes
 from iret.model import Iret
 from iret.output import Output
@@ -48,8 +49,6 @@ MAX_IMAGES = 5000
 BATCH_SIZE = 100
 NUM_PLANS = 12  # images a point that clocks are measured on
 FIRST_TRIALS = ((1.0, 1.0), (0.6, 1.0), (0.35, 1.0), (0.2, 1.0))  # (ratio, refine) that are tried before any is drawn
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -75,15 +74,9 @@ class Memory:
 
     def __init__(self, path: Path | None = None, fingerprint: str = "") -> None:
         self.path, self.known = path, dict[str, list[dict]]()
-        lines = path.read_text().splitlines() if path is not None and path.exists() else []
-        if lines[:1] == [fingerprint]:
-            for line in lines[1:]:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    break  # the line that a kill cut off
-                self.known[entry["key"]] = entry["points"]
         if path is not None:
+            found, known = read_memory(path)
+            self.known = known if found == fingerprint else {}
             whole = [fingerprint, *(json.dumps({"key": key, "points": rows}) for key, rows in self.known.items())]
             write_atomically(path, ("\n".join(whole) + "\n").encode())
 
@@ -97,10 +90,29 @@ class Memory:
                 file.write(json.dumps({"key": key, "points": self.known[key]}) + "\n")
 
 
-def fingerprint(model: Iret, data_name: str, num_images: int) -> str:
-    """Of everything that decides what an evaluation gives; search files of others are not read."""
+def read_memory(path: Path) -> tuple[str, dict[str, list[dict]]]:
+    """The fingerprint and the whole entries of a search file, without the line that a kill cut off; empty if there is no file."""
+    head, *lines = (path.read_text() if path.exists() else "").split("\n")
+    known: dict[str, list[dict]] = {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        known[entry["key"]] = entry["points"]
+    return head, known
+
+
+def fingerprint(model: Iret, batches: Sequence[tuple[Tensor, Tensor]]) -> str:
+    """Of everything that decides what an evaluation gives: the model, and the pixels and labels of (images, labels).
+
+    Search files with another are not believed.
+    """
     digest = hashlib.sha256(to_safetensors(model.state_dict()))
-    digest.update(json.dumps([data_name, num_images, model.precision]).encode())
+    digest.update(json.dumps([asdict(model.shape), model.attention, model.preprocessing.to_dict()]).encode())
+    for batch in batches:
+        for part in batch:
+            digest.update(part.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -121,12 +133,18 @@ def calibrate(
     that no cheaper one beats beyond noise, and the one that keeps everything. `memory_path`: where finished evaluations are kept.
 
     Raises:
-        ValueError: no image could be read, the data's classes are not the model's, or no trial is allowed.
+        ValueError: no image could be read, the data's classes are not the model's, no trial is allowed, or the model does not
+            run in float32: its points are served in every number format.
     """
     if trials < 1 or max_images < 1:
         raise ValueError(f"trials={trials} and max_images={max_images} must be 1 or more.")
+    if model.precision != "float32":
+        raise ValueError(
+            f"operating points are searched in float32 and serve every number format; for a clock in {model.precision}, search "
+            "without --precision first, then add --device-only."
+        )
     meter = _Meter(model, data, max_images, workers)
-    memory = Memory(memory_path, fingerprint(model, data_name, meter.num_images))
+    memory = Memory(memory_path, "" if memory_path is None else fingerprint(model, meter.batches))
     course = _search(meter, memory, trials, say)
     full = full_macs(model.shape)
     measured: dict[float, Point] = {}
@@ -143,6 +161,18 @@ def calibrate(
         ]
     served = frontier(list(measured.values()), meter.num_images)
     return OperatingPoints(data=data_name, num_images=meter.num_images, full_macs=full, points=served)
+
+
+def keep_clocks(found: OperatingPoints, before: OperatingPoints | None, device: str, say: Say) -> OperatingPoints:
+    """`found` with the clocks of `before` if its points are the same; else the lost ones are said, but that of `device`."""
+    if before is None or found.points == before.points:
+        return replace(found, devices=() if before is None else before.devices)
+    lost = [table.device for table in before.devices if table.device != device]
+    if lost:
+        say(
+            f"the points are new, so their clocks elsewhere are dropped; measure again with --device-only: {'; '.join(lost)}"
+        )
+    return found
 
 
 def _search(meter: "_Meter", memory: Memory, trials: int, say: Say) -> Course:

@@ -3,6 +3,8 @@
 A point remembers what a sample of held-out images did there (`Plan`: patches kept in each stage, where they left). Replaying
 these on noise takes the time that the images took, so the clock columns of a table can be measured again on a device that has
 neither data nor labels (`iret calibrate MODEL --device-only`).
+
+Joules are net: what an image adds to the power of the idle machine, which is measured once and kept beside them.
 """
 
 import statistics
@@ -14,19 +16,26 @@ import numpy as np
 import torch
 
 from iret.doctor import describe_device
-from iret.measure.energy import EnergyError, EnergyMeter
+from iret.measure.energy import IDLE_MARGIN, EnergyError, EnergyMeter, measure_idle
 from iret.measure.estimate import HOROWITZ, EstimateMeter, estimate_joules
 from iret.measure.latency import Latency, measure_latency
 from iret.model import Iret
-from iret.runtime.cost import numbers_moved, plan_macs
+from iret.runtime.cost import block_linears, numbers_moved, plan_macs
 from iret.runtime.points import DeviceTable, OperatingPoints, Plan, Point
 
-TIME_LIMIT_S = 30.0  # for the milliseconds; a round is never cut short
-MIN_ROUNDS, MAX_ROUNDS = 3, 15
+TIME_LIMIT_S = 30.0  # for the milliseconds
+MIN_ROUNDS, MAX_ROUNDS, WARM_UP = 3, 15, 1
 ENERGY_MARGIN = 1.2  # windows of this many times the meter's resolution
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+FORMATS = {
+    "float32": ("fp32", 4),
+    "bfloat16": ("fp16", 2),
+    "float16": ("fp16", 2),
+    "int8": ("int8", 4),
+}  # bytes a number
 
 Say = Callable[[str], None]
+Calls = dict[tuple[int, int], Callable[[], object]]  # by point and plan
+Work = tuple[Sequence[Callable[[], object]], int]  # calls, and how many images each of them looks at
 
 
 def synchronizer(device: torch.device) -> Callable[[], object] | None:
@@ -38,9 +47,11 @@ def synchronizer(device: torch.device) -> Callable[[], object] | None:
 def measure_device(
     model: Iret, points: OperatingPoints, meter: EnergyMeter | None = None, say: Say = lambda line: None
 ) -> tuple[DeviceTable, dict[tuple[int, int], Latency]]:
-    """The columns of this device for `points`, and the raw samples by (point, plan). Takes about a minute.
+    """The columns of this device for `points`, and the raw samples by (point, plan).
 
-    `meter` None: joules are estimated. A meter that fails is named, and the estimate stands in.
+    The milliseconds take `TIME_LIMIT_S`: where the least number of rounds would take longer, plans are left out evenly, down to
+    the middle one of each point. The joules take a window of the meter a point and one of the idle machine, whose power is
+    taken off them. `meter` None: joules are estimated. A meter that fails is named, and the estimate stands in for all points.
 
     Raises:
         ValueError: points without plans.
@@ -48,18 +59,17 @@ def measure_device(
     if not all(point.plans for point in points.points):
         raise ValueError("these operating points hold no plans to replay; run `iret calibrate MODEL --data DATA` once.")
     image = torch.randn(1, model.shape.in_chans, *model.shape.img_size, device=model.pos_embed.device)
-    plans = [
-        (row, column, point, plan) for row, point in enumerate(points.points) for column, plan in enumerate(point.plans)
-    ]
-    work = {(row, column): partial(model.replay, image, [plan], point) for row, column, point, plan in plans}
     wait = synchronizer(image.device)
-    started = time.monotonic()
-    for call in work.values():
-        call()
-    round_s = 2 * (time.monotonic() - started)
-    rounds = int(np.clip(TIME_LIMIT_S / round_s, MIN_ROUNDS, MAX_ROUNDS))
-    say(f"{len(points.points)} points, {len(work)} plans, {rounds} rounds of {round_s:.1f} s")
-    samples = measure_latency(work, rounds=rounds, warm_up=1, lead=1, synchronize=wait)
+    every_plan: Calls = {
+        (row, column): partial(model.replay, image, [plan], point)
+        for row, point in enumerate(points.points)
+        for column, plan in enumerate(point.plans)
+    }
+    work, rounds, round_s = _fit(every_plan, points.points, wait)
+    say(f"{len(points.points)} points, {len(work)} plans, {WARM_UP} + {rounds} rounds of {round_s:.1f} s")
+    meter = meter or estimate_meter(model)
+    announce(meter, len(points.points), say)
+    samples = measure_latency(work, rounds=rounds, warm_up=WARM_UP, lead=1, synchronize=wait)
     columns = []
     for row in range(len(points.points)):
         of_point = [latency for (at, _), latency in samples.items() if at == row]
@@ -67,18 +77,18 @@ def measure_device(
         mean = statistics.mean(latency.p50_ms for latency in of_point)  # of images; a median over rounds for each
         columns.append((mean, float(np.percentile(every, 50)), float(np.percentile(every, 95))))
     ms_mean, ms_p50, ms_p95 = zip(*columns, strict=True)
-    estimates = tuple(statistics.mean(estimate_image(model, p, plan) for plan in p.plans) for p in points.points)
-    calls = [[call for (at, _), call in work.items() if at == row] for row in range(len(estimates))]
-    read = [measure_joules(each, 1, meter, wait, one, say) for each, one in zip(calls, estimates, strict=True)]
-    kinds = {kind for _, kind in read}
-    is_measured = meter is not None and kinds == {"measured"}
-    source = meter if meter is not None and is_measured else estimate_meter(model)
+    calls = [[call for (at, _), call in work.items() if at == row] for row in range(len(columns))]
+    measured = measure_joules([(each, 1) for each in calls], meter, wait, say)
+    estimates = [statistics.mean(estimate_image(model, p, plan) for plan in p.plans) for p in points.points]
+    joules, idle_w = measured or (estimates, 0.0)
+    source = meter if measured else estimate_meter(model)
     table = DeviceTable(
         device=describe_device(image.device, model.precision),
         ms_mean=ms_mean,
         ms_p50=ms_p50,
         ms_p95=ms_p95,
-        joules=tuple(each for each, _ in read) if is_measured else estimates,  # never some of both
+        joules=tuple(joules),
+        idle_watts=idle_w,
         energy_source=source.source,
         energy_scope=source.scope,
         energy_kind=source.kind,
@@ -87,39 +97,85 @@ def measure_device(
     return table, samples
 
 
+def _fit(work: Calls, points: Sequence[Point], wait: Callable[[], object] | None) -> tuple[Calls, int, float]:
+    """What of `work` fits the time limit, in how many rounds, and the seconds of a round; tried on a plan a point."""
+    middles, ends_s = [work[row, len(point.plans) // 2] for row, point in enumerate(points)], []
+    for call in (middles[0], *middles):  # the first call is slow, and not counted
+        call()
+        if wait:
+            wait()
+        ends_s.append(time.monotonic())
+    plan_s = 2 * (ends_s[-1] - ends_s[0]) / len(points)  # with the untimed call before the timed one
+    share = TIME_LIMIT_S / ((WARM_UP + MIN_ROUNDS) * plan_s * len(work))
+    counts = [min(len(point.plans), max(1, int(share * len(point.plans)))) for point in points]
+    chosen = {
+        (row, column)
+        for row, (point, count) in enumerate(zip(points, counts, strict=True))
+        for column in spread(len(point.plans), count)
+    }
+    round_s = plan_s * len(chosen)
+    rounds = int(np.clip(TIME_LIMIT_S / round_s - WARM_UP, MIN_ROUNDS, MAX_ROUNDS))
+    return {key: call for key, call in work.items() if key in chosen}, rounds, round_s
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` of the places 0 to `total` - 1, the middles of equal shares."""
+    return [(2 * place + 1) * total // (2 * count) for place in range(count)]
+
+
+def announce(meter: EnergyMeter, count: int, say: Say) -> None:
+    """How long `measure_joules` of `count` pieces of work will take, where the meter measures."""
+    if meter.kind == "measured":
+        window_s, idle_s = ENERGY_MARGIN * meter.resolution_s, IDLE_MARGIN * meter.resolution_s
+        say(
+            f"then joules from {meter.source}: {count} windows of {window_s:.3g} s and one of the idle machine, "
+            f"{count * window_s + idle_s:.0f} s or more"
+        )
+
+
 def measure_joules(
-    calls: Sequence[Callable[[], object]],
-    images: int,
-    meter: EnergyMeter | None,
-    wait: Callable[[], object] | None,
-    estimate_j: float,
-    say: Say,
-) -> tuple[float, str]:
-    """Joules an image of `calls`, each on so many images, and whether they were "measured" or are the estimate."""
-    if meter is None or meter.kind == "estimated":
-        return estimate_j, "estimated"
-    num_images, started = 0, time.monotonic()
+    work: Sequence[Work], meter: EnergyMeter, wait: Callable[[], object] | None, say: Say
+) -> tuple[list[float], float] | None:
+    """Net joules an image of each piece of work, and the idle power in W that was taken off its gross reading.
+
+    None where `meter` is an estimate, or any window of it fails, which is said: joules of one table are never measured in part.
+    """
+    if meter.kind == "estimated":
+        return None
+    joules = []
     try:
-        with meter.window() as window:
-            while time.monotonic() - started < ENERGY_MARGIN * meter.resolution_s:
-                for call in calls:
-                    call()
-                if wait:
-                    wait()
-                num_images += images * len(calls)
-        return window.reading.joules / num_images, "measured"
+        idle_w = measure_idle(meter)
+        for calls, images in work:
+            num_images, started = 0, time.monotonic()
+            with meter.window() as window:
+                while time.monotonic() - started < ENERGY_MARGIN * meter.resolution_s:
+                    for call in calls:
+                        call()
+                    if wait:
+                        wait()
+                    num_images += images * len(calls)
+            joules.append(window.reading.minus_idle(idle_w).joules / num_images)
     except EnergyError as error:
         say(f"energy is estimated: {error}")
-        return estimate_j, "estimated"
+        return None
+    return joules, idle_w
 
 
 def estimate_meter(model: Iret) -> EstimateMeter:
     """The estimate for the model's number format."""
-    return EstimateMeter(HOROWITZ[{4: "fp32", 2: "fp16", 1: "int8"}[BYTES[model.precision]]])
+    return EstimateMeter(HOROWITZ[FORMATS[model.precision][0]])
 
 
 def estimate_image(model: Iret, point: Point, plan: Plan) -> float:
-    """Joules of one image by published constants: arithmetic and memory alone."""
-    macs = plan_macs(model.shape, plan.kept, plan.refined, scored=bool(np.any(point.thresholds)))
-    moved = numbers_moved(model.shape, plan.kept) * BYTES[model.precision]
-    return estimate_joules(macs, moved, constants=estimate_meter(model).constants)
+    """Joules of one image by published constants: arithmetic and memory alone, without idle power.
+
+    In int8, the linear layers of the blocks multiply in 8 bits and read weights of 8 bits; everything else stays in float32.
+    """
+    work = plan_macs(model.shape, plan.kept, plan.refined, scored=bool(np.any(point.thresholds)))
+    moved = numbers_moved(model.shape, plan.kept, plan.refined)
+    constants, size = FORMATS[model.precision]
+    if model.precision != "int8":
+        return estimate_joules(work, size * moved, constants=HOROWITZ[constants])
+    weights, rounded = block_linears(model.shape, plan.kept)
+    in_float = estimate_joules(work - rounded, size * (moved - weights))
+    return in_float + estimate_joules(rounded, weights, constants=HOROWITZ["int8"])

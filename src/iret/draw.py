@@ -1,6 +1,5 @@
 """Pictures: what a model looked at coarsely, in detail, and dropped; accuracy against cost."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,13 +125,13 @@ def draw_search(points: OperatingPoints, search: Path, path: Path) -> None:
     """Every setting that a search tried (a file of `calibrate.Memory`, if it is there) and the points that are served."""
     from matplotlib.figure import Figure
 
+    from iret.calibrate import read_memory  # with what reads data, which other pictures do without
+
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    if search.exists():
-        rows = [json.loads(line)["points"] for line in search.read_text().splitlines()[1:]]
-        tried = np.array(
-            [(row["macs_mean"] / points.full_macs, 100 * row["accuracy"]) for each in rows for row in each]
-        )
+    rows = [row for each in read_memory(search)[1].values() for row in each]
+    if rows:
+        tried = np.array([(row["macs_mean"] / points.full_macs, 100 * row["accuracy"]) for row in rows])
         axes.plot(*tried.T, ".", color="0.7", markersize=3, label="tried in the search (on fewer images)")
     served = np.array([(point.macs_mean / points.full_macs, 100 * point.accuracy) for point in points.points])
     axes.plot(*served.T, "o-", color="#0072b2", label=f"served, {points.num_images} held-out images of {points.data}")

@@ -9,6 +9,7 @@ quantisation reaches their speed on a CPU only when compiled.
 """
 
 import copy
+import platform
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 
@@ -23,8 +24,17 @@ from iret.vit import lay_out
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 
 
+def adds_in_16_bits() -> bool:
+    """Whether int8 products are added up in pairs in 16 bits, where two of full size do not fit: x86 without VNNI.
+
+    Then inputs are rounded to 7 bits. Source: pytorch/FBGEMM issue 125, where AVX-512 without VNNI gave wrong sums.
+    """
+    is_supported = getattr(torch.cpu, "_is_vnni_supported", lambda: False)  # torch has no public name for it
+    return platform.machine().lower() in ("x86_64", "amd64") and not is_supported()
+
+
 class Int8Linear(nn.Module):
-    """A linear layer with int8 weights, symmetric per output channel; inputs are rounded to 8 bits as they come."""
+    """A linear layer with int8 weights, symmetric per output channel; inputs are rounded as they come, one scale for all."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -40,14 +50,17 @@ class Int8Linear(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.reduce_range = adds_in_16_bits()
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
-        # without reduce_range the products of AVX2 machines could overflow 16 bits; those with VNNI add in 32
-        return torch.ops.quantized.linear_dynamic(x, self.packed, torch.backends.cpu.get_cpu_capability() == "AVX2")
+        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
 
 
 def to_int8(model: Iret) -> Iret:
     """A copy of `model` on CPU, in eval mode, with int8 linear layers in its blocks; it can be run, not trained or saved.
+
+    The scale of what enters a layer is that of the whole batch, so an image's answer depends a little on its batch mates, as
+    it does in no other number format; how much, a test states. At batch 1 there is nothing to depend on.
 
     Raises:
         ValueError: this build of torch has no int8 kernels, or the model is not on a CPU.

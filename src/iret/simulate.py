@@ -106,6 +106,7 @@ class Outcome:
 
     policy: str
     hours: float  # until the battery died, or the whole day
+    lasts: bool  # whether the battery outlived the day, idle hours included
     images: int  # that came
     answered: int
     correct: float
@@ -117,15 +118,12 @@ class Outcome:
         str, np.ndarray
     ]  # hour, battery (share), budget, accuracy (unanswered are wrong), celsius; NaN: no image
 
-    @property
-    def is_alive(self) -> bool:
-        return self.answered == self.images
-
 
 def simulate(menu: Menu, goal: Goal, day: Day) -> list[Outcome]:
     """The controller's day, then that of each operating point from the cheapest; the last is the dearest budget.
 
-    About 6 s for a day of 86,400 images and 28 operating points, a third of it for the controller.
+    A policy's name is its budget in four digits. About 6 s for a day of 86,400 images and 28 operating points, a third of
+    it for the controller.
 
     Raises:
         ValueError: the menu has no joules, or the goal needs more of it than it has.
@@ -141,8 +139,9 @@ def simulate(menu: Menu, goal: Goal, day: Day) -> list[Outcome]:
         return controller.decide(reading).budget
 
     outcomes = [_play(menu, goal, day, "controller", control)]
-    for budget in menu.budget:
-        outcomes.append(_play(menu, goal, day, f"fixed {budget:.3g}", lambda *_, budget=budget: budget))
+    for budget, is_foot in zip(menu.budget, menu.is_foot, strict=True):
+        if not is_foot:
+            outcomes.append(_play(menu, goal, day, f"fixed {budget:.4g}", lambda *_, budget=budget: budget))
     return outcomes
 
 
@@ -167,10 +166,7 @@ def _play(menu: Menu, goal: Goal, day: Day, name: str, policy: Policy) -> Outcom
         now = time_s
         budget = policy(time_s, left, used, celsius)
         if budget not in table:
-            table[budget] = (
-                float(np.interp(budget, menu.budget, menu.joules)),
-                float(np.interp(budget, menu.budget, menu.accuracy)),
-            )
+            table[budget] = menu.read("joules", budget), menu.read("accuracy", budget)
         joules, accuracy = table[budget]
         used = joules * (1 + extra)
         if left < used:
@@ -187,6 +183,7 @@ def _play(menu: Menu, goal: Goal, day: Day, name: str, policy: Policy) -> Outcom
     return Outcome(
         policy=name,
         hours=end / 3600,
+        lasts=not died,
         images=len(times),
         answered=len(played),
         correct=float(played[:, 3].sum()),
@@ -226,7 +223,7 @@ def draw(outcomes: Sequence[Outcome], path: Path, title: str, max_celsius: float
     from matplotlib.figure import Figure  # slow to load, and only pictures need it
 
     controller, *fixed = outcomes
-    fit = [outcome for outcome in fixed if outcome.is_alive and not outcome.hot]
+    fit = [outcome for outcome in fixed if outcome.lasts and not outcome.hot]
     named = {fixed[-1].policy: ("#D55E00", "--")} if fixed else {}  # Okabe and Ito's colours
     if fit:
         named[max(fit, key=lambda outcome: outcome.correct).policy] = ("#009E73", "-.")
@@ -247,7 +244,7 @@ def draw(outcomes: Sequence[Outcome], path: Path, title: str, max_celsius: float
             if outcome is controller:
                 color, dashes, width = "#0072B2", "-", 2.6
             if outcome is controller or outcome.policy in named:
-                life = "lasts" if outcome.is_alive else f"dies after {outcome.hours:.1f} h"
+                life = "lasts" if outcome.lasts else f"dies after {outcome.hours:.1f} h"
                 text = f"{outcome.policy}: {life}, {outcome.correct / outcome.images:.1%} of all images right"
             hours, values = outcome.series["hour"], scale * outcome.series[key]
             seen = np.isfinite(values)

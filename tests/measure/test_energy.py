@@ -293,12 +293,11 @@ def test_idle_power_is_taken_off_and_said():
     assert reading().idle_w is None
 
 
-def test_idle_power_above_the_reading_is_never_a_silent_negative():
-    assert reading(joules=10.0, time_s=2.0).minus_idle(5.0).joules == 0.0
-    with pytest.raises(
-        EnergyError, match="5.1 W idle over 2 s is more than the 10 J .* measure the idle baseline again"
-    ):
-        reading(joules=10.0, time_s=2.0).minus_idle(5.1)
+def test_idle_power_that_leaves_nothing_of_the_reading_is_never_a_silent_negative():
+    for idle_w in (5.0, 5.1):
+        sentence = f"{idle_w:g} W idle over 2 s is all of the 10 J .* or more; measure the idle baseline again"
+        with pytest.raises(EnergyError, match=sentence):
+            reading(joules=10.0, time_s=2.0).minus_idle(idle_w)
 
 
 def test_idle_power_comes_off_once_and_never_off_an_estimate():

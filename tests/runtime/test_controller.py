@@ -2,8 +2,9 @@
 
 import math
 import os
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -323,6 +324,89 @@ def test_with_a_truthful_gauge_the_battery_lasts_whatever_the_meter_says(seed, k
     }
     world.meter = lambda used, _: lies[kind](used)
     assert world.live().lasts
+
+
+def every_second(num: int) -> list[float]:
+    return np.arange(float(num)).tolist()
+
+
+@days
+@given(seeds, st.floats(math.log(2), math.log(2000)), st.sampled_from(["fine", "percent", "seldom"]), st.booleans())
+def test_with_a_truthful_gauge_the_battery_lasts_however_far_off_the_table_is(seed, log_factor, kind, is_idle):
+    random = np.random.default_rng(seed)
+    menu = any_menu(random, idle_watts=float(random.uniform(0, 0.1)) if is_idle else 0.0)
+    world = make_world(random, menu, share=1.0, over=1.2)
+    idle = menu.idle_watts * 3600 * world.goal.hours
+    world.dearer, world.meter = math.exp(log_factor), lambda *_: None
+    world.joules = idle + world.dearer * (
+        world.joules - idle + 40 * max(menu.joules)
+    )  # some are served before it is known
+    full, last = world.joules, [0, 0.0]
+
+    def seldom(left: float, image: int) -> float:
+        if image < 0 or image >= last[0] + 7:
+            last[:] = image, left
+        return last[1]
+
+    gauges = {
+        "fine": lambda left, _: left,
+        "percent": lambda left, _: math.floor(100 * left / full) / 100 * full,
+        "seldom": seldom,
+    }
+    world.gauge = gauges[kind]
+    assert world.live().lasts
+
+
+def test_a_table_that_estimates_a_thousandth_is_overruled_by_the_gauge_and_this_is_said():
+    random, num, factor = np.random.default_rng(0), 4000, 1000.0
+    full = factor * 0.05 * num
+    for fine in (True, False):
+        world = World(LADDER, Goal(hours=num / 3600, images_per_second=1.0), every_second(num), full, random)
+        world.menu = replace(LADDER, is_estimated=True)
+        world.dearer, world.meter = factor, lambda *_: None
+        world.gauge = lambda left, _, fine=fine: left if fine else math.floor(100 * left / full) / 100 * full
+        life = world.live()
+        assert life.lasts and life.left[-1] < 0.03 * full
+        assert life.accuracy >= 0.98 * best_fixed(LADDER, 0.05)
+        first, last = life.decisions[0], life.decisions[-1]
+        assert first.doubts == ("the table's joules are estimates, and no gauge has confirmed them yet",)
+        (said,) = last.doubts
+        found = re.fullmatch(r"the gauge falls (.*) times faster than the table says; it alone is believed", said)
+        assert float(found[1]) == pytest.approx(factor, rel=0.1)
+        assert life.decisions[num // 2].reason == "battery: 50 J an image are affordable" or not fine
+
+
+def test_estimates_that_the_gauge_confirms_are_doubted_no_longer():
+    menu = replace(LADDER, is_estimated=True)
+    world = World(menu, Goal(hours=1.0, images_per_second=1.0), every_second(100), 300.0, np.random.default_rng(0))
+    doubted = [bool(decision.doubts) for decision in world.live().decisions]
+    assert doubted == [True] * 16 + [False] * 84
+
+
+def test_a_meter_that_sees_a_small_part_of_what_the_gauge_sees_is_not_listened_to():
+    world = World(
+        LADDER, Goal(hours=1.0, images_per_second=1.0), every_second(3600), 3600 * 2.5, np.random.default_rng(0)
+    )
+    world.dearer, world.meter = 50.0, lambda used, _: used and used / 50  # of a chip, as the table is
+    life = world.live()
+    assert life.lasts
+    assert life.accuracy >= 0.98 * best_fixed(LADDER, 0.05)
+
+
+@pytest.mark.parametrize("fine", [True, False])
+def test_one_jump_of_a_gauge_is_no_reason_to_overrule_the_table(fine):
+    random, num, full = np.random.default_rng(0), 2000, 2000 * 0.07
+    world = World(LADDER, Goal(hours=num / 3600, images_per_second=1.0), every_second(num), full, random)
+    world.meter = lambda *_: None
+
+    def jumping(left: float, image: int) -> float:
+        seen = left - 0.2 * full * (image > 500)
+        return max(0.0, seen if fine else math.floor(100 * seen / full) / 100 * full)
+
+    world.gauge = jumping
+    life = world.live()
+    assert life.lasts
+    assert not any("times faster" in doubt for decision in life.decisions for doubt in decision.doubts)
 
 
 def test_without_gauge_and_meter_the_table_is_reckoned_from_a_full_battery():

@@ -12,7 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iret.model import Iret
 from iret.presets import iret_pico, iret_small, iret_tiny
-from iret.runtime.cost import IMPORTANCES, LIFTINGS, Shape, coarse_macs, detail_macs, full_macs, macs
+from iret.runtime.cost import (
+    IMPORTANCES,
+    LIFTINGS,
+    Shape,
+    block_linears,
+    coarse_macs,
+    detail_macs,
+    full_macs,
+    macs,
+    numbers_moved,
+)
 
 
 def by_hand_shape(**options) -> Shape:
@@ -158,6 +168,56 @@ def test_another_mlp_ratio_and_number_of_scored_blocks_equal_the_counter():
     model = opinionated(small_shape(mlp_ratio=2, scored_blocks=3))
     count, out = counted(model.run, torch.randn(1, 3, 32, 48), 1.0)
     assert out.macs.tolist() == [count]
+
+
+# ---- numbers moved
+
+
+def moved_by(model: Iret, image: torch.Tensor) -> int:
+    """Weights, inputs and outputs of all linear layers in a run that keeps everything, as hooks see them.
+
+    The layers that embed a lifted band count the pixels that the lifting read in place of the band.
+    """
+    pixels = image.numel()
+    lifted = {model.patch_embed, *(transition.detail_embed for transition in model.transitions)}
+    moved = sum(parameter.numel() for parameter in model.lifting.parameters())
+
+    def note(layer, args, out):
+        nonlocal moved
+        moved += layer.weight.numel() + (pixels if layer in lifted else args[0].numel()) + out.numel()
+
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_hook(note)
+    with torch.no_grad():
+        model.run(image)
+    return moved
+
+
+@pytest.mark.parametrize("options", [*({"lifting": each} for each in LIFTINGS), dict(mlp_ratio=2, img_size=(16, 64))])
+def test_numbers_moved_are_what_hooks_on_every_linear_layer_see(options):
+    shape = small_shape(**options)
+    every = (shape.num_patches,) * 3
+    assert numbers_moved(shape, every, (0, *every[1:])) == moved_by(
+        Iret(shape).eval(), torch.randn(1, 3, *shape.img_size)
+    )
+
+
+def test_numbers_moved_by_hand():
+    shape = small_shape(depths=(1, 2, 2), num_classes=2)
+    embed = 12 * 2 + 3 * 2**2 * 16 + 24 * (3 * 8**2 + 16)
+    first = 12 * 16**2 + 16 * 25 * 16 + (16 * 2 + 16 + 2)
+    assert numbers_moved(shape, (24,)) == embed + first
+    second = 2 * (12 * 32**2 + 16 * 9 * 32) + (32 * 2 + 32 + 2)
+    between = (16 + 9 * 2**2) * 32 + 9 * (16 + 32) + 5 * (3 * 8**2 + 32)  # 8 kept, 5 of them refined
+    assert numbers_moved(shape, (24, 8), (0, 5)) == embed + first + between + second
+
+
+def test_what_int8_rounds_is_what_the_blocks_multiply_by_weights():
+    model = Iret(small_shape())
+    linears = [part for stage in model.stages for part in stage.blocks.modules() if isinstance(part, torch.nn.Linear)]
+    assert block_linears(model.shape, (0, 0, 0)) == (sum(part.weight.numel() for part in linears),) * 2
+    assert block_linears(model.shape, (24, 8))[1] == 12 * (2 * 25 * 16**2 + 3 * 9 * 32**2)
 
 
 # ---- the spec's table

@@ -3,8 +3,10 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from iret.runtime.controller import Controller, Goal, Reading
 from iret.runtime.points import (
     FILE_NAME,
     DeviceTable,
@@ -172,7 +174,7 @@ def test_the_menu_is_the_table_from_the_cheapest():
     assert menu.accuracy == (0.6, 0.8, 0.9)
     assert menu.ms == menu.ms_p95 == (2.0, 6.0, 10.0)
     assert menu.joules == pytest.approx((0.02, 0.06, 0.1))
-    assert menu.idle_watts == 0.5
+    assert menu.idle_watts == 0.5 and menu.is_estimated
     with pytest.raises(ValueError, match="no clock"):
         table().menu("other")
 
@@ -184,13 +186,41 @@ def test_a_cliff_is_a_step_of_the_menu_as_it_is_of_the_settings():
     assert menu.budget == pytest.approx((0.2, 0.9 - 1e-6, 0.9, 1.0), abs=1e-9)
     assert menu.accuracy == (0.5, 0.5, 0.8, 0.9)
     assert menu.ms == (2.0, 2.0, 6.0, 10.0)
+    assert menu.is_foot == (False, True, False, False)
+
+
+def test_the_accuracy_that_the_controller_reckons_with_is_that_of_the_setting_served_cliffs_included():
+    macs, thresholds, accuracies = (100.0, 90.0, 20.0, 10.0), (0.0, 0.69, 0.7, 2.0), (0.9, 0.8, 0.5, 0.4)
+    points = tuple(point(m, a, (t, t)) for m, a, t in zip(macs, accuracies, thresholds, strict=True))
+    found = OperatingPoints(data="", num_images=1, full_macs=100, points=points)
+    found = found.with_device(timed((10.0, 6.0, 2.0, 1.0)))
+    menu = found.menu(timed().device)
+    controller, budgets = Controller(menu, Goal(hours=1.0, images_per_second=1.0)), set()
+    for millijoules in range(110, 5, -1):
+        reading = Reading(time_s=0.0, images=0, battery_joules=3.6 * millijoules)
+        decision = controller.decide(reading)
+        ((keep, _),) = found.setting(decision.budget).thresholds
+        assert decision.accuracy == pytest.approx(np.interp(keep, thresholds, accuracies))
+        assert decision.accuracy == pytest.approx(menu.read("accuracy", decision.budget))
+        budgets.add(decision.budget)
+    assert len(budgets) > 20
+    assert menu.read("accuracy", 0.9 - 5e-7) == 0.5 and menu.read("joules", 0.9) == 0.06
+
+
+def test_what_the_device_draws_always_is_that_of_its_table_unless_it_is_given():
+    measured = replace(timed(), idle_watts=2.5, energy_kind="measured")
+    found = table().with_device(measured)
+    assert found.menu(measured.device).idle_watts == 2.5
+    assert not found.menu(measured.device).is_estimated
+    assert found.menu(measured.device, idle_watts=0.0).idle_watts == 0.0
 
 
 # ---- the table
 
 
 def test_the_frontier_is_what_nobody_cheaper_beats_beyond_noise_and_the_dearest():
-    cheap, good, worse, whole = point(1.0, 0.5), point(3.0, 0.8), point(4.0, 0.7), point(5.0, 0.79)
+    cheap, good, worse = (point(macs, accuracy, (1.0, 1.0)) for macs, accuracy in ((1.0, 0.5), (3.0, 0.8), (4.0, 0.7)))
+    whole = point(5.0, 0.79, (0.0, 0.0))
     assert frontier([worse, whole, cheap, good], 1000) == (whole, good, cheap)
     assert frontier([worse, whole, cheap, good], 100) == (whole, worse, good, cheap)  # 10 points apart, interval 12
     assert frontier([worse, cheap, good], 1000) == (worse, good, cheap)
@@ -198,7 +228,30 @@ def test_the_frontier_is_what_nobody_cheaper_beats_beyond_noise_and_the_dearest(
 
 
 def test_of_points_that_cost_the_same_the_most_accurate_is_served():
-    assert frontier([point(3.0, 0.7), point(3.0, 0.8), point(9.0, 0.9)], 100) == (point(9.0, 0.9), point(3.0, 0.8))
+    worse, good = point(3.0, 0.7, (2.0, 2.0)), point(3.0, 0.8, (1.0, 2.0))
+    assert frontier([worse, good, point(9.0, 0.9)], 100) == (point(9.0, 0.9), good)
+
+
+def idle_thresholds() -> tuple[Point, ...]:
+    """Two points whose thresholds drop nothing, so that scoring makes them dearer than the one that keeps everything."""
+    idle = (point(1000.5, 0.91, (0.2, 0.2)), point(1000.4, 0.9, (0.1, 0.1)))
+    return (*idle, point(1000.1, 0.9, (0.0, 0.0)), *table().points[1:])
+
+
+def test_thresholds_that_drop_nothing_are_not_served():
+    served = frontier(idle_thresholds(), 100)
+    assert served == idle_thresholds()[2:]
+    assert served[0].keeps_all and not any(point.keeps_all for point in served[1:])
+    assert not replace(served[0], exit_confidence=0.9).keeps_all
+    points = OperatingPoints(data="", num_images=1, full_macs=1000, points=served).with_device(timed())
+    assert points.menu(timed().device).budget == (0.25, 0.5, 1.0)
+
+
+def test_a_table_that_holds_them_all_the_same_still_has_a_menu():
+    found = OperatingPoints(data="", num_images=1, full_macs=1000, points=idle_thresholds())
+    menu = found.with_device(timed((12.0, 11.0, 10.0, 6.0, 2.0))).menu(timed().device)
+    assert menu.budget == (0.25, 0.5, 1.0)
+    assert menu.ms == (2.0, 6.0, 12.0)
 
 
 def test_points_out_of_order_are_refused():
@@ -232,6 +285,12 @@ def test_a_table_survives_its_file(tmp_path):
     (tmp_path / FILE_NAME).write_text(whole.to_json())
     assert OperatingPoints.read(tmp_path) == whole
     assert len(whole.to_json().splitlines()) < 20  # one point a line
+
+
+def test_a_table_written_before_idle_power_was_measured_has_none():
+    raw = json.loads(table().with_device(timed()).to_json())
+    assert raw["devices"][0].pop("idle_watts") == 0.0
+    assert OperatingPoints.from_json(json.dumps(raw)) == table().with_device(timed())
 
 
 def test_a_plan_says_how_many_stages_ran():

@@ -12,63 +12,51 @@ fused kernel, as in the model.
 Read first: `model`. What engines cannot do: docs/export.md.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from iret.attention import Dense
 from iret.lifting import Lifting, LinearLifting2d
-from iret.model import Iret, Stage
+from iret.model import Iret
 from iret.runtime.cost import Shape
 from iret.runtime.keep import ROUNDING_SHARE
 
 
-class CoarseBand(nn.Module):
-    """The coarsest band of patches, linear update steps of all levels as one fixed matrix."""
+class Band(nn.Module):
+    """What lifting makes of patches, flat: their coarsest band, or the details of one level.
 
-    def __init__(self, lifting: Lifting, shape: Shape) -> None:
+    Linear steps of all levels are one fixed matrix from a patch's pixels: more MACs than step by step, one product in place of
+    many tiny ones; they stay below those of the embedding that follows.
+    """
+
+    def __init__(self, lifting: Lifting, shape: Shape, level: int | None) -> None:
+        """`level` None: the coarsest band."""
         super().__init__()
-        self.lifting = None if isinstance(lifting.levels[0], LinearLifting2d) else lifting
-        if self.lifting is None:
+        self.lifting, self.level = lifting, level
+        self.is_linear = isinstance(lifting.levels[0], LinearLifting2d)
+        if self.is_linear:
             unit = torch.eye(shape.patch_size**2).view(-1, 1, shape.patch_size, shape.patch_size)
-            self.register_buffer("matrix", lifting.coarse(unit.expand(-1, shape.in_chans, -1, -1))[:, 0].flatten(1))
+            with torch.no_grad():
+                self.register_buffer("matrix", self.lift(unit))
+            del self.lifting
 
-    def forward(self, patches: Float[Tensor, "K C P P"]) -> Float[Tensor, "K channels"]:
-        if self.lifting is not None:
-            return self.lifting.coarse(patches).flatten(1)
-        return (patches.flatten(2) @ self.matrix).flatten(1)
+    def lift(self, patches: Float[Tensor, "K C P P"]) -> Float[Tensor, "K band"]:
+        bands = self.lifting.coarse(patches) if self.level is None else self.lifting.details(patches, self.level)
+        return bands.flatten(1)
 
-
-class Details(nn.Module):
-    """Details of one level, read from the pixels; linear steps of all finer levels as two fixed matrices."""
-
-    def __init__(self, lifting: Lifting, level: int) -> None:
-        super().__init__()
-        self.level = level
-        self.lifting = None if isinstance(lifting.levels[0], LinearLifting2d) else lifting
-        if self.lifting is None:
-            *finer, last = lifting.levels[:level]
-            for axis in ("height", "width"):
-                matrix = getattr(last, axis).matrix()
-                for step in reversed(finer):
-                    matrix = matrix @ getattr(step, axis).coarse_matrix()
-                self.register_buffer(axis, matrix)
-
-    def forward(self, pixels: Float[Tensor, "R C P P"]) -> Float[Tensor, "R details"]:
-        if self.lifting is not None:
-            return self.lifting.details(pixels, self.level).flatten(1)
-        bands = self.height @ (pixels @ self.width.mT)
-        top, bottom = bands.chunk(2, dim=-2)
-        (_, hl), (lh, hh) = top.chunk(2, dim=-1), bottom.chunk(2, dim=-1)
-        return torch.stack([lh, hl, hh], dim=2).flatten(1)
+    def forward(self, patches: Float[Tensor, "K C P P"]) -> Float[Tensor, "K band"]:
+        return (patches.flatten(2) @ self.matrix).flatten(1) if self.is_linear else self.lift(patches)
 
 
 class StageGraph(nn.Module):
     """The blocks of one stage and its head, on a dense batch."""
 
-    def __init__(self, stage: Stage, is_last: bool) -> None:
+    def __init__(self, model: Iret, index: int) -> None:
         super().__init__()
-        self.stage, self.is_last = stage, is_last
+        self.stage, self.is_last = model.stages[index], index == len(model.stages) - 1
 
     def through(self, x: Float[Tensor, "B N D"], bias: Float[Tensor, "B N"] | None) -> tuple[Tensor, ...]:
         """Tokens, received [B, N] (0 at class tokens) and logits; of the last stage the logits alone."""
@@ -81,10 +69,13 @@ class FirstStage(StageGraph):
     """From images to the first choice: the coarse band of every patch, thin tokens."""
 
     def __init__(self, model: Iret) -> None:
-        super().__init__(model.stages[0], is_last=len(model.stages) == 1)
+        super().__init__(model, 0)
         self.grid, self.patch_size = model.shape.grid, model.shape.patch_size
-        self.coarse = CoarseBand(model.lifting, model.shape)
-        self.patch_embed, self.pos_embed = model.patch_embed, model.pos_embed
+        self.coarse = Band(model.lifting, model.shape, None)
+        self.patch_embed = model.patch_embed
+        class_token, positions = model.pos_embed.detach().clone().tensor_split([1], dim=1)
+        self.register_buffer("class_token", class_token.clone())
+        self.register_buffer("positions", positions.clone())
 
     def embed(self, images: Float[Tensor, "B C Y X"]) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "K C P P"]]:
         """Tokens of all patches, and the patches."""
@@ -92,8 +83,7 @@ class FirstStage(StageGraph):
         grid = images.unflatten(3, (columns, side)).unflatten(2, (rows, side))
         patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
         x = self.patch_embed(self.coarse(patches)).unflatten(0, (-1, rows * columns))
-        class_token = self.pos_embed[:, :1].expand(images.shape[0], -1, -1)
-        return torch.cat([class_token, x + self.pos_embed[:, 1:]], dim=1), patches
+        return torch.cat([self.class_token.expand(images.shape[0], -1, -1), x + self.positions], dim=1), patches
 
     def forward(self, images: Float[Tensor, "B C Y X"]) -> tuple[Tensor, ...]:
         return self.through(self.embed(images)[0], None)
@@ -103,15 +93,15 @@ class LaterStage(StageGraph):
     """From the tokens that stay to the next choice: wider, with details where it looked again."""
 
     def __init__(self, model: Iret, index: int) -> None:
-        super().__init__(model.stages[index], is_last=index == len(model.stages) - 1)
+        super().__init__(model, index)
         self.transition = model.transitions[index - 1]
-        self.details = Details(model.lifting, model.shape.detail_level(index))
+        self.details = Band(model.lifting, model.shape, model.shape.detail_level(index))
 
     def transit(
         self, x: Tensor, cell: Int[Tensor, "B N"], pixels: Float[Tensor, "R C P P"], source: Int[Tensor, "B N"]
     ) -> Float[Tensor, "B N E"]:
         """`cell` is -1 for class tokens; `source` the row of `pixels` whose details a token gets, 0 for none."""
-        own = self.transition
+        own: Any = self.transition
         extra = own.detail_embed(own.detail_norm(self.details(pixels)))
         place = own.pos_embed[0].index_select(0, cell.flatten() + 1) + extra.index_select(0, source.flatten())
         return own.widen(own.norm(x)) + place.unflatten(0, cell.shape)
@@ -130,7 +120,8 @@ class LaterStage(StageGraph):
 class SingleGraph(nn.Module):
     """Everything in one graph for one image, the thresholds among its inputs: drops by `nonzero` and plain gathers.
 
-    Returns the logits, and kept and refined patches as float [S, cells]. No early exit, rule "threshold" only.
+    Returns the logits; kept and refined patches as float [S, cells]; and importance [S - 1, cells], 0 where no patch was.
+    No early exit, rule "threshold" only.
     """
 
     def __init__(self, model: Iret) -> None:
@@ -140,11 +131,9 @@ class SingleGraph(nn.Module):
         self.num_cells, self.min_keep = model.shape.num_patches, model.shape.min_keep
 
     def choose(
-        self, received: Float[Tensor, " N"], thresholds: Float[Tensor, " 2"]
-    ) -> tuple[Int[Tensor, " n"], Tensor, Tensor]:
+        self, importance: Float[Tensor, " N"], thresholds: Float[Tensor, " 2"]
+    ) -> tuple[Int[Tensor, " n"], Tensor]:
         """Places of the tokens that stay, class token first; and which of them are refined."""
-        patches = received[1:]
-        importance = patches * (patches.shape[0] / patches.sum())
         keep, refine = thresholds - ROUNDING_SHARE
         floor = importance.topk(self.min_keep).values[-1]
         kept = importance >= torch.minimum(keep, floor)
@@ -157,15 +146,18 @@ class SingleGraph(nn.Module):
 
     def forward(
         self, images: Float[Tensor, "1 C Y X"], thresholds: Float[Tensor, "T 2"]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, patches = self.first.embed(images)
         x, received, _ = self.first.through(x, None)
         patches = torch.cat([torch.zeros_like(patches[:1]), patches])
         cell = torch.arange(-1, self.num_cells)
         everywhere = torch.ones(self.num_cells)
-        kept, refined = [everywhere], [torch.zeros(self.num_cells)]
+        kept, refined, importance = [everywhere], [torch.zeros(self.num_cells)], []
         for index, stage in enumerate(self.later):
-            rows, is_refined = self.choose(received[0], thresholds[index])
+            patch = received[0, 1:]
+            patch = patch * (patch.shape[0] / patch.sum())
+            importance.append(torch.zeros(self.num_cells).index_copy(0, cell[1:], patch))
+            rows, is_refined = self.choose(patch, thresholds[index])
             cell, x = cell.index_select(0, rows), x.index_select(1, rows)
             again = is_refined.nonzero().flatten()
             torch._check(again.shape[0] <= self.num_cells)
@@ -177,4 +169,4 @@ class SingleGraph(nn.Module):
             outputs = stage.through(x, None)
             if len(outputs) > 1:
                 x, received, _ = outputs
-        return outputs[-1], torch.stack(kept), torch.stack(refined)
+        return outputs[-1], torch.stack(kept), torch.stack(refined), torch.stack(importance)

@@ -72,7 +72,9 @@ def battery_meter(
     if battery is None:
         raise EnergyError("this machine has no battery.")
     if battery.joules is None and capacity_wh is None:
-        raise EnergyError(f"{battery.source} says only a percentage; give its capacity, such as capacity_wh=50.")
+        raise EnergyError(
+            f"{battery.source} says only a percentage; give its capacity in watt-hours (--battery-wh, capacity_wh)."
+        )
 
     def read_percent() -> list[Store]:
         left = read_battery(root, psutil=psutil)

@@ -32,7 +32,7 @@ class EnergyError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """The energy of one window. `idle_w` is the idle power already taken off it, None where nothing was."""
+    """The energy of one window: gross where `idle_w` is None, else net of that idle power, which was taken off."""
 
     joules: float
     time_s: float
@@ -49,7 +49,7 @@ class Reading:
         """This reading without what the idle machine would have taken in the same time.
 
         Raises:
-            EnergyError: estimates hold no idle power; it was taken off already; or less than nothing would be left, which
+            EnergyError: estimates hold no idle power; it was taken off already; or nothing would be left, which
                 says that the baseline is wrong or the work drowns in its noise.
         """
         if self.kind == "estimated" or self.idle_w is not None:
@@ -57,9 +57,9 @@ class Reading:
         if not (math.isfinite(idle_w) and idle_w >= 0):
             raise EnergyError(f"idle_w={idle_w:g} is no idle power; give watts, 0 or more.")
         left_j = self.joules - idle_w * self.time_s
-        if left_j < 0:
+        if left_j <= 0:
             raise EnergyError(
-                f"{idle_w:g} W idle over {self.time_s:.3g} s is more than the {self.joules:.3g} J read from {self.source}; "
+                f"{idle_w:g} W idle over {self.time_s:.3g} s is all of the {self.joules:.3g} J read from {self.source} or more; "
                 "measure the idle baseline again, with the machine as quiet as in the window."
             )
         return replace(self, joules=left_j, idle_w=idle_w)

@@ -8,11 +8,10 @@ doi 10.1109/ISSCC.2014.6757323: energies at 45 nm and 0.9 V. We did not have the
 public tables that cite it, at least two for each, which agree (such as table 3 of PMC8934428 for fp32).
 """
 
-import time
 from dataclasses import dataclass
 from typing import SupportsFloat
 
-from iret.measure.energy import Clock, EnergyError, EnergyMeter
+from iret.measure.energy import EnergyError, EnergyMeter
 
 SCOPE = "arithmetic and DRAM of a 45 nm chip (no control, caches or idle)"
 DRAM_LOW_J, DRAM_HIGH_J = 1.3e-9 / 8, 2.6e-9 / 8  # a byte, from 1.3 to 2.6 nJ for 64 bits
@@ -51,27 +50,14 @@ def estimate_joules(
 
 
 class EstimateMeter(EnergyMeter):
-    """A meter that is told what was done: `spend(macs, bytes_moved)` within the window, as often as needed."""
+    """Stands where a meter is asked for and there is none: it names source, scope and kind, and opens no window."""
 
-    def __init__(self, constants: Constants = HOROWITZ["fp32"], *, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, constants: Constants = HOROWITZ["fp32"]) -> None:
         super().__init__(f"estimate:{constants.name}", SCOPE, resolution_s=0.0, kind="estimated")
         self.constants = constants
-        self._clock = clock
-        self._started_s = 0.0
-        self._energy_j = 0.0
-
-    def spend(self, macs: SupportsFloat, bytes_moved: SupportsFloat) -> None:
-        """Raises EnergyError outside a window, ValueError for a negative count."""
-        if not self._is_open:
-            raise EnergyError(f"{self.source} has no window open; call start() first.")
-        self._energy_j += estimate_joules(macs, bytes_moved, constants=self.constants)
 
     def _begin(self) -> None:
-        self._energy_j, self._started_s = 0.0, self._clock()
+        raise EnergyError(f"{self.source} reads no sensor; count the work and call estimate_joules(macs, bytes_moved).")
 
     def _end(self) -> tuple[float, float]:
-        if self._energy_j == 0:
-            raise EnergyError(
-                f"nothing was spent in this window of {self.source}; call spend(macs, bytes_moved) in it."
-            )
-        return self._energy_j, self._clock() - self._started_s
+        raise AssertionError("no window of it ever opens")

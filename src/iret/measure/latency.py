@@ -37,14 +37,6 @@ class Latency:
     def p95_ms(self) -> float:
         return self._percentile_ms(95)
 
-    @property
-    def mean_ms(self) -> float:
-        return float(self.samples_s.mean()) * 1e3
-
-    @property
-    def min_ms(self) -> float:
-        return float(self.samples_s.min()) * 1e3
-
     def _percentile_ms(self, percent: int) -> float:
         """Between samples, interpolated linearly."""
         return float(np.percentile(self.samples_s, percent)) * 1e3

@@ -1,8 +1,8 @@
-"""Finds the energy meters of this machine, says why others are not usable, and opens one by name.
+"""Says which energy meters this machine has and why others are not usable, and opens one by name.
 
 open_meter()                           the best measured one, else the estimate
 open_meter("rapl")                     the first meter of a source
-open_meter("hwmon:ina3221/VDD_IN")     one meter by its own name, as `find_meters` lists it
+open_meter("hwmon:ina3221/VDD_IN")     one meter by its own name; a wrong one lists those that there are
 """
 
 from collections.abc import Callable
@@ -32,19 +32,11 @@ def _sources(root: Path, capacity_wh: float | None) -> dict[str, Callable[[], li
     }
 
 
-def find_meters(*, root: Path = SYS, capacity_wh: float | None = None) -> list[EnergyMeter]:
-    """Every meter usable here, each once, estimates last. Some overlap (`scope` says what each covers): never add them."""
-    found: list[EnergyMeter] = []
-    for source in _sources(root, capacity_wh).values():
-        try:
-            found += source()
-        except EnergyError:
-            continue
-    return found
-
-
 def explain_meters(*, root: Path = SYS, capacity_wh: float | None = None) -> dict[str, str]:
-    """Source -> `ready: ` and what its meters cover, or the sentence that says why it is not usable."""
+    """Source -> `ready: ` and what its meters cover, or the sentence that says why it is not usable.
+
+    What meters cover overlaps; never add them.
+    """
     lines = {}
     for name, source in _sources(root, capacity_wh).items():
         try:
@@ -58,6 +50,8 @@ def explain_meters(*, root: Path = SYS, capacity_wh: float | None = None) -> dic
 
 def open_meter(name: str = "auto", *, root: Path = SYS, capacity_wh: float | None = None) -> EnergyMeter:
     """The meter of that name: a source, a meter's own `source`, or `auto` for the first of `AUTO` that is usable.
+
+    `capacity_wh`: of the full battery, for `battery` where its gauge says only a percentage.
 
     Raises:
         EnergyError: no such name, or the one asked for is not usable here, and why.

@@ -6,7 +6,7 @@ checked when it was written, and a checksum of every file. NumPy and the standar
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,10 @@ class Bundle:
             return cls(**raw | fixed)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a bundle's description ({error!r}); export the model again.") from error
+
+    def with_check(self, found: dict[str, Any]) -> "Bundle":
+        """The same with what was found when it was checked against the model."""
+        return replace(self, check=found)
 
     def verify(self, folder: Path) -> None:
         """Raises ValueError for a file that is missing or not the one that was written."""

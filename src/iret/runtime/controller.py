@@ -12,13 +12,15 @@ It takes the most accurate position on the dial that fits. What it promises for 
 import math
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
-from iret.runtime.estimates import Battery, Demand, Factor, Thermometer, read_number
+from iret.runtime.estimates import FACTORS, Battery, Demand, Factor, Thermometer, read_number
 
 STEP = 0.005  # the dial is cut into rungs; each costs at most this share more than the one before
 BAND, GAIN = 0.02, 0.005  # hysteresis: a smaller drift of the cost (share) and gain of accuracy does not turn the dial
+BESIDE = 1e-6  # share of the MACs between the edge of a cliff and its foot: closer than twice this, a menu is a step
 FAILURE = 1e-6  # the probability with which the promise for the battery may fail
 
 
@@ -26,8 +28,9 @@ FAILURE = 1e-6  # the probability with which the promise for the battery may fai
 class Menu:
     """What the dial of one model costs on one device, one entry per operating point, cheapest budget first.
 
-    Between neighbours the dial is continuous and everything lies on the chord. Accuracy, ms and joules need not rise
-    with the budget. Joules are those an image adds to `idle_watts`, which the device draws always.
+    Between neighbours the dial is continuous and everything lies on the chord; those closer than 2e-6 are the foot and the
+    edge of a cliff, with nothing between. Accuracy, ms and joules need not rise with the budget. Joules are those an image
+    adds to `idle_watts`, which the device draws always.
 
     Raises:
         ValueError: no points, columns of unequal length, or values outside the ranges given here.
@@ -39,6 +42,7 @@ class Menu:
     ms_p95: tuple[float, ...] | None = None
     joules: tuple[float, ...] | None = None  # mean of an image
     idle_watts: float = 0.0
+    is_estimated: bool = False  # joules are reckoned from MACs, not measured
 
     def __post_init__(self) -> None:
         if not self.budget:
@@ -58,6 +62,16 @@ class Menu:
             raise ValueError(f"budgets {self.budget} must rise strictly within (0, 1]; give the cheapest first.")
         if not 0 <= self.idle_watts < math.inf:
             raise ValueError(f"idle_watts={self.idle_watts:g} must be 0 or more.")
+
+    @property
+    def is_foot(self) -> tuple[bool, ...]:
+        """Which entries are no operating point, but the foot of a cliff: what the next cheaper point gives."""
+        return (*(right - left <= 2 * BESIDE for left, right in pairwise(self.budget)), False)
+
+    def read(self, name: str, budget: float) -> float:
+        """A column at any budget: on the chord or, inside the step of a cliff, at its foot."""
+        below = max(int(np.searchsorted(self.budget, budget, side="right")) - 1, 0)
+        return float(np.interp(self.budget[below] if self.is_foot[below] else budget, self.budget, getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +191,7 @@ class Controller:
             raise ValueError(f"spread={spread:g} must be 0 or more.")
         self.goal = goal
         self._rungs = _cut(menu, goal)
-        self._spread, self._idle_watts = spread, menu.idle_watts
+        self._spread, self._idle_watts, self._is_estimated = spread, menu.idle_watts, menu.is_estimated
         self._joule_factor, self._ms_factor = Factor("joules"), Factor("ms")
         self._heat = None if goal.max_celsius is None else Thermometer(goal.max_celsius)
         self._battery = self._demand = None
@@ -219,7 +233,7 @@ class Controller:
                 broken.append("battery")
             if first != best:
                 best = first
-                reason = f"battery: {pace:.3g} J an image are affordable"
+                reason = f"battery: {pace * self._joule_factor.value:.3g} J an image are affordable"
                 if limit < pace:
                     reason = "battery: the rest is kept for the images that can still come"
         elif battery is not None:
@@ -285,20 +299,32 @@ class Controller:
         passed_s = max(0.0, time_s - self._time_s)
         self._time_s += passed_s
         images, used = 0, 0.0
+        joules = None if self._battery is not None and self._battery.is_overruled else reading.joules
         if held is not None:  # nothing before the first decision was ours
             count = read_number(reading.images)
             images = self._planned if count is None else int(count)
         if held is not None and images:
-            used = self._joule_factor.take(reading.joules, images * float(self._rungs.joules[held]), images, doubts)
+            used = self._joule_factor.take(joules, images * float(self._rungs.joules[held]), images, doubts)
             self._ms_factor.take(reading.ms, float(self._rungs.ms[held]), images, doubts)
         if self._heat is not None:
             self._heat.take(reading.celsius, self._time_s, doubts)
         if self._battery is not None and self._demand is not None:
             self._demand.take(self._time_s, images, doubts)
-            self._battery.spend(used + self._idle_watts * passed_s, images)
-            seen = self._battery.read(reading.battery_joules, reading.battery_share, doubts)
-            if seen is not None and reading.joules is None:  # the gauge is the only meter
-                self._joule_factor.take(seen[0] * self._joule_factor.value, 1.0, seen[1], doubts)
+            self._battery.spend(used, images, self._idle_watts * passed_s)
+            self._hear(self._battery, reading, joules is not None, doubts)
+
+    def _hear(self, battery: Battery, reading: Reading, is_metered: bool, doubts: list[str]) -> None:
+        """What the gauge says of the costs: a correction where there is no meter, and far off it overrules all else."""
+        factor = self._joule_factor
+        seen = battery.read(reading.battery_joules, reading.battery_share, doubts)
+        if seen is not None and battery.is_overruled and not FACTORS[0] < seen[0] <= FACTORS[1]:
+            factor.rescale(seen[0])
+        elif seen is not None and not is_metered:
+            factor.take(seen[0] * factor.value, 1.0, seen[1], doubts)
+        if battery.is_overruled:
+            doubts.append(f"the gauge falls {factor.value:.1f} times faster than the table says; it alone is believed")
+        elif self._is_estimated and not battery.is_confirmed:
+            doubts.append("the table's joules are estimates, and no gauge has confirmed them yet")
 
 
 # ---- the dial
@@ -334,8 +360,10 @@ def _cut(menu: Menu, goal: Goal) -> _Rungs:
     budgets = np.array(columns["budget"], dtype=float)
     shares = [budgets]
     for name in columns.keys() - {"accuracy"}:
-        for left, right, low, high in zip(budgets, budgets[1:], columns[name], columns[name][1:], strict=False):
-            if low != high:
+        for left, right, low, high, is_foot in zip(
+            budgets, budgets[1:], columns[name], columns[name][1:], menu.is_foot, strict=False
+        ):
+            if low != high and not is_foot:
                 stops = np.geomspace(low, high, 1 + math.ceil(abs(math.log(high / low)) / STEP))[1:-1]
                 shares.append(left + (right - left) * (stops - low) / (high - low))
     at = np.unique(np.concatenate(shares))

@@ -218,16 +218,40 @@ def plan_macs(shape: Shape, kept: Sequence[int], refined: Sequence[int], *, scor
     return int(macs(shape, *columns, scored=scored, stages_run=np.array([len(kept)]))[0])
 
 
-def numbers_moved(shape: Shape, kept: Sequence[int]) -> int:
-    """Numbers to and from memory for one image that passed `len(kept)` stages at batch 1, `kept` patches in each.
+def numbers_moved(shape: Shape, kept: Sequence[int], refined: Sequence[int] | None = None) -> int:
+    """Numbers to and from memory for one image that passed `len(kept)` stages at batch 1; `refined` None: all that is kept.
 
-    Every weight of a linear layer is read once, every input and output of one is moved once; all else stays on the chip.
+    Every weight of a linear layer and of the lifting is read once, every input and output of a linear layer moved once; all
+    else stays on the chip: the lifting, between the pixels it reads and the layer that takes its bands; biases; norms.
     """
-    total = shape.num_patches * (shape.in_chans * shape.patch_size**2 + shape.embed_dims[0])
+    pixels, coarse_size = shape.in_chans * shape.patch_size**2, shape.in_chans * shape.side(shape.levels) ** 2
+    total = lifting_weights(shape) + block_linears(shape, kept)[0] + shape.embed_dims[0] * coarse_size
+    total += shape.num_patches * (pixels + shape.embed_dims[0])
     for stage, patches in enumerate(kept):
-        dim, ratio = shape.embed_dims[stage], shape.mlp_ratio
-        total += shape.depths[stage] * ((4 + 2 * ratio) * dim * dim + (8 + 2 * ratio) * (patches + 1) * dim)
+        dim = shape.embed_dims[stage]
+        total += shape.depths[stage] * (8 + 2 * shape.mlp_ratio) * (patches + 1) * dim
+        if shape.num_classes:
+            total += dim * shape.num_classes + dim + shape.num_classes
         if stage:
-            before = shape.embed_dims[stage - 1]
-            total += before * dim + (patches + 1) * (before + dim)
+            before, detail_size = (
+                shape.embed_dims[stage - 1],
+                3 * shape.in_chans * shape.side(shape.detail_level(stage)) ** 2,
+            )
+            again = patches if refined is None else refined[stage]
+            total += (before + detail_size) * dim + (patches + 1) * (before + dim) + again * (pixels + dim)
     return total
+
+
+def block_linears(shape: Shape, kept: Sequence[int]) -> tuple[int, int]:
+    """(weights, MACs) of the linear layers of the blocks, which `iret.precision` may round to int8, as `numbers_moved` counts."""
+    weights = work = 0
+    for dim, depth, patches in zip(shape.embed_dims, shape.depths, kept, strict=False):
+        size = depth * (4 + 2 * shape.mlp_ratio) * dim**2
+        weights, work = weights + size, work + size * (patches + 1)
+    return weights, work
+
+
+def lifting_weights(shape: Shape) -> int:
+    """Of all levels: four operators each, of three taps (linear), of none (Haar), or of two convolutions (DAWN)."""
+    each = {"linear": 3, "haar": 0, "dawn": 10 * shape.in_chans**2}[shape.lifting]
+    return shape.levels * 4 * each

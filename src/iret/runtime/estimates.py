@@ -9,10 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-PRIOR_IMAGES = 10  # at first demand and costs are believed as stated; this many images weigh as much as that belief
+# At first demand and costs are believed as stated; this many images weigh as much as that belief.
+DEMAND_IMAGES, COST_IMAGES = 3, 10
 SMOOTHING = {"joules": 0.01, "ms": 0.05}  # weight of one image in measured / predicted; the gauge corrects joules too
 FACTORS = 0.25, 4.0  # believable measured / predicted
-SETTLE_IMAGES = 16  # a gauge above the reckoning is believed after falling plausibly for so long
+SETTLE_IMAGES = 16  # a gauge above the reckoning, or far steeper than it, is believed after falling so for so long
+BLUR = 0.25  # a gauge tells what images take once they took so many times what one reading more or less makes out
 STUCK_SHARE = 0.03  # a gauge that stands while this share of the battery is used is called stuck
 HEAT_MARGIN_K = 5.0  # below the cap the cost is taken back in proportion
 HEAT_RECOVERY = 0.2  # share of the margin it has to cool before it may cost more again
@@ -33,7 +35,7 @@ class Factor:
     """Measured / predicted of one measure: at first a plain mean, then exponentially weighted."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.value, self._count = name, 1.0, PRIOR_IMAGES
+        self.name, self.value, self._base, self._count = name, 1.0, 1.0, COST_IMAGES
 
     def take(self, measured: float | None, table: float, images: int, doubts: list[str]) -> float:
         """Learn from one measurement of what the table puts at `table`; returns what to believe it was."""
@@ -42,7 +44,7 @@ class Factor:
             if measured is not None and not number:
                 doubts.append(f"{self.name} measured as {measured}")
             return table * self.value
-        ratio = min(max(number / table, FACTORS[0]), FACTORS[1])
+        ratio = min(max(number / table, FACTORS[0] * self._base), FACTORS[1] * self._base)
         if ratio != number / table:
             doubts.append(f"{self.name} measured at {number / table:.3g} times the table's")
         # Clipped, not a median: costs are skewed, and the median of skewed costs is not their mean.
@@ -51,6 +53,11 @@ class Factor:
         weight = max(images / self._count, 1 - (1 - SMOOTHING[self.name]) ** images)
         self.value += weight * (bounded - self.value)
         return table * ratio
+
+    def rescale(self, ratio: float) -> None:
+        """The table is off: things cost `ratio` times what was believed, and what is believable lies around that."""
+        self.value = self._base = max(1.0, ratio * self.value)
+        self._count = COST_IMAGES
 
 
 class Thermometer:
@@ -100,42 +107,77 @@ class Battery:
 
     def __init__(self, full_joules: float | None) -> None:
         self.left = self._full = full_joules
-        self._mark: float | None = None  # a reading, and what was reckoned to be used since
-        self._used, self._images, self._highest, self._last = 0.0, 0, 0.0, math.inf
+        self.is_confirmed = False  # the gauge has told what images take, or ...
+        self.is_overruled = False  # ... even that table and meter are so wrong that it alone is believed
+        self._highest, self._last = 0.0, math.inf
+        self._mark: float | None = None  # a reading; since then, reckoned:
+        self._used, self._idle, self._blur, self._images = 0.0, 0.0, 0.0, 0
+        self._steep: list[
+            tuple[float, float, float, int]
+        ] = []  # falls in a row: over the reckoning, J, reckoned J, images
 
-    def spend(self, used: float, images: int) -> None:
+    def spend(self, used: float, images: int, idle: float = 0.0) -> None:
+        """Joules reckoned for so many images, and for the idle device meanwhile."""
         if self.left is not None:
-            self.left = max(0.0, self.left - used)
-        self._used, self._images = self._used + used, self._images + images
+            self.left = max(0.0, self.left - used - idle)
+        self._used, self._idle, self._images = self._used + used, self._idle + idle, self._images + images
+        self._blur = max(self._blur, used + idle)  # a gauge that moves in steps is late by up to one such spell
 
     def read(self, joules: float | None, share: float | None, doubts: list[str]) -> tuple[float, int] | None:
         """Believe the gauge at once if it is below the reckoning, else after it has fallen plausibly for a while.
 
-        Returns, each time it has, the fall over what was reckoned, and over how many images.
+        Returns, each time that it tells what images take, this over what was reckoned, and of how many images: within
+        `FACTORS`, or above where it overrules the reckoning.
         """
-        gauge = read_number(joules)
-        if gauge is None and self._full is not None:
-            part = read_number(share)
-            gauge = part * self._full if part is not None and part <= 1 else None
+        gauge = self._hear(joules, share, doubts)
         if gauge is None:
-            if joules is not None or share is not None:
-                doubts.append(f"battery read as {joules} J, share {share} of {self._full} J")
             return None
         if self.left is None or gauge < self.left:
             self.left = gauge
         moves, self._last, self._highest = gauge < self._last, gauge, max(self._highest, gauge)
-        fall, used, images = math.inf if self._mark is None else self._mark - gauge, self._used, self._images
-        if 0 <= fall <= FACTORS[1] * used:
-            if moves and images >= SETTLE_IMAGES and fall >= FACTORS[0] * used:
-                self._mark, self._used, self._images, self.left = gauge, 0.0, 0, gauge
-                return fall / used, images
-            if fall == 0 and used > STUCK_SHARE * self._highest:
-                doubts.append("the battery gauge does not move; energy is reckoned instead")
-            return None
+        fall, used, images = 0.0 if self._mark is None else self._mark - gauge, self._used, self._images
+        taken, most = fall - self._idle, FACTORS[1] * used  # by the images
         if fall < 0:
             doubts.append("the battery gauge rose; it is believed once it falls again as it should")
-        self._mark, self._used, self._images = gauge, 0.0, 0
+        if self._mark is None or fall < 0:
+            self._steep = []
+            self._restart(gauge)
+        elif used and taken > most + self._blur:
+            self._steep.append((taken / used, taken, used, images))
+            self._restart(gauge)
+            return self._overrule()
+        elif moves and images >= SETTLE_IMAGES and taken <= most:
+            if self.is_overruled or fall >= FACTORS[0] * (used + self._idle):
+                self._steep, self.left = [], gauge
+                if self._blur <= BLUR * used:
+                    self._restart(gauge)
+                    self.is_confirmed = True
+                    return max(taken / used, FACTORS[0]), images
+        elif fall == 0 and used + self._idle > STUCK_SHARE * self._highest:
+            doubts.append("the battery gauge does not move; energy is reckoned instead")
         return None
+
+    def _hear(self, joules: float | None, share: float | None, doubts: list[str]) -> float | None:
+        """What the gauge says in joules."""
+        gauge = read_number(joules)
+        if gauge is None and self._full is not None:
+            part = read_number(share)
+            gauge = part * self._full if part is not None and part <= 1 else None
+        if gauge is None and (joules is not None or share is not None):
+            doubts.append(f"battery read as {joules} J, share {share} of {self._full} J")
+        return gauge
+
+    def _restart(self, gauge: float) -> None:
+        self._mark, self._used, self._idle, self._blur, self._images = gauge, 0.0, 0.0, 0.0, 0
+
+    def _overrule(self) -> tuple[float, int] | None:
+        """The slope of falls that go on being far too steep: without the first, which may be the rest of a whole
+        percent, and without the steepest, for each of these may be a jump."""
+        _, taken, used, images = zip((0.0, 0.0, 0.0, 0), *sorted(self._steep[1:])[:-1], strict=True)
+        if sum(images) < SETTLE_IMAGES:
+            return None
+        self._steep, self.is_confirmed, self.is_overruled = [], True, True
+        return sum(taken) / sum(used), sum(images)
 
 
 class Demand:
@@ -170,5 +212,5 @@ class Demand:
     @property
     def expected(self) -> float:
         """Images that come if the rest of the day is thinned from the stated demand as it was so far."""
-        seen = (self._count + PRIOR_IMAGES) / (self.stated * self._share + PRIOR_IMAGES)
+        seen = (self._count + DEMAND_IMAGES) / (self.stated * self._share + DEMAND_IMAGES)
         return seen * self.stated * (1 - self._share)

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from iret.runtime.controller import Menu
+from iret.runtime.controller import BESIDE, Menu
 
 FORMAT = 2
 FILE_NAME = "points.json"
 BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)  # that cards, `iret eval` and the demo show
 PRECISIONS = ("float32", "bfloat16", "int8")  # number formats that a device can be measured in
 CLIFF_SHARE, CLIFF_STEP = 0.1, 0.02  # so much of the full MACs on so little of the threshold is a cliff
-BESIDE = 1e-6  # share of the MACs between the edge of a cliff and its foot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +58,11 @@ class Point:
     kept_mean: tuple[float, ...]  # patches in each stage
     plans: tuple[Plan, ...] = ()  # a sample of images, even over their MACs: what a clock is measured on
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is dropped and nobody leaves early."""
+        return self.exit_confidence is None and not np.any(self.thresholds)
+
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Point":
         """From JSON, where tuples are lists."""
@@ -84,11 +88,12 @@ class DeviceTable:
     ms_mean: tuple[float, ...]
     ms_p50: tuple[float, ...]
     ms_p95: tuple[float, ...]
-    joules: tuple[float, ...]  # an image
+    joules: tuple[float, ...]  # an image, above `idle_watts`
     energy_source: str
     energy_scope: str
     energy_kind: str  # "measured" or "estimated"
     rounds: int
+    idle_watts: float = 0.0  # that the device draws always; 0 where nobody measured it
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "DeviceTable":
@@ -209,23 +214,25 @@ class OperatingPoints:
             )
         return float(_last_at_most(self.shares, costs, asked))
 
-    def menu(self, device: str, idle_watts: float = 0.0) -> Menu:
-        """What a controller chooses from on a device that was measured; a cliff is a step there, as `setting` serves it."""
+    def menu(self, device: str, idle_watts: float | None = None) -> Menu:
+        """What a controller chooses from on a device that was measured; a cliff is a step there, as `setting` serves it.
+
+        `idle_watts` in place of what the table says the device draws always.
+        """
         table = self.table_of(device)
         accuracy = [point.accuracy for point in self.points]
-        rows = list(
-            zip(
-                self.shares.tolist(),
-                *(column[::-1] for column in (accuracy, table.ms_mean, table.ms_p95, table.joules)),
-                strict=True,
-            )
-        )
-        for above in reversed(range(1, len(rows))):
-            if self._is_cliff(above):
-                rows.insert(above, (rows[above][0] - BESIDE, *rows[above - 1][1:]))
+        columns = (column[::-1] for column in (accuracy, table.ms_mean, table.ms_p95, table.joules))
+        rows: list[tuple[float, ...]] = []
+        for place, row in enumerate(zip(self.shares.tolist(), *columns, strict=True)):
+            if rows and row[0] == rows[-1][0]:
+                rows.pop()  # a threshold that drops nothing costs as much as none
+            elif rows and self._is_cliff(place):
+                rows.append((row[0] - BESIDE, *rows[-1][1:]))
+            rows.append(row)
         return Menu(
             **dict(zip(("budget", "accuracy", "ms", "ms_p95", "joules"), zip(*rows, strict=True), strict=True)),
-            idle_watts=idle_watts,
+            idle_watts=table.idle_watts if idle_watts is None else idle_watts,
+            is_estimated=table.energy_kind == "estimated",
         )
 
     def _is_cliff(self, above: int) -> bool:
@@ -284,10 +291,13 @@ def frontier(points: Sequence[Point], num_images: int) -> tuple[Point, ...]:
     """The points that none at most as dear beats in accuracy beyond noise, and one that keeps everything; dearest first.
 
     Noise is the 95 % interval of the difference of two accuracies on `num_images` images, as if on different ones.
+    Thresholds that save nothing are no points: scoring costs more than they drop.
     """
     chosen: list[Point] = []
     best: Point | None = None
-    ordered = sorted(points, key=lambda point: (point.macs_mean, -point.accuracy))
+    whole = next((point for point in points if point.keeps_all), None)
+    useful = [point for point in points if whole is None or point is whole or point.macs_mean < whole.macs_mean]
+    ordered = sorted(useful, key=lambda point: (point.macs_mean, -point.accuracy))
     for point in ordered:
         variances = [each.accuracy * (1 - each.accuracy) / num_images for each in (point, best or point)]
         is_beaten = best is not None and best.accuracy - point.accuracy > 1.96 * sum(variances) ** 0.5

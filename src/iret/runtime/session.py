@@ -4,11 +4,9 @@
     out = session("photo.jpg", budget=0.4)        # or ms=, joules=, thresholds=, deadline_ms=
     out.logits, out.macs, out.trace.kept          # as of `Iret.run`, as NumPy arrays
 
-The choice between two stages is the model's own code (`choice`), so the same patches are kept but for ties by rounding. Images
-of a batch keep different counts; those of similar count share a call, the shorter ones padded behind a key mask where that
-is cheaper than a call of their own.
+The choice between two stages is the model's own code (`choice`), so the same patches are kept but for ties by rounding.
 
-Read first: `bundle`, `choice`. The graphs: `iret.export.graphs`.
+Read first: `bundle`, `choice`, `stage`. The graphs: `iret.export.graphs`.
 """
 
 import time
@@ -19,19 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from iret.runtime.bundle import ENGINES, Bundle, GraphFile
+from iret.runtime.bundle import ENGINES, Bundle
 from iret.runtime.choice import Choice, Layout, choose, to_importance, to_starts
-from iret.runtime.cost import Shape, numbers_moved, stage_macs
+from iret.runtime.cost import Shape, stage_macs
 from iret.runtime.engines import Graph, load_graph
 from iret.runtime.keep import read_exits, read_strengths
 from iret.runtime.points import OperatingPoints, Point, Setting, keep_all
 from iret.runtime.preprocess import Source
 from iret.runtime.record import Record
+from iret.runtime.stage import Stage
 
-MASKED = -1e9  # of a padded key: its weight is exactly 0, and no engine makes NaN of it
-# What a call costs beside its MACs: its weights are read from memory, which takes as long as this many MACs each.
-MACS_A_WEIGHT = 8
-RATE_MOMENTUM = 0.7
+FORGETTING = 0.9  # of what earlier calls took
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,11 @@ class Session:
         *,
         threads: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        load: Callable[[str, Path, int | None], Graph] = load_graph,
     ) -> None:
         """`engine` None: the first that runs this kind of bundle. `threads` None: as many as the engine likes.
+
+        `clock` (seconds) and `load`, which makes a graph of a file, can be replaced: tests and calibration do.
 
         Raises:
             ValueError: a folder that is no bundle, a damaged file, an engine that does not run its kind.
@@ -87,13 +86,11 @@ class Session:
             )
         self._clock = clock
         self._stages = [
-            _Stage(
-                self.bundle, index, [(graph, load_graph(self.engine, folder / graph.file, threads)) for graph in graphs]
-            )
+            Stage(self.bundle, index, [(graph, load(self.engine, folder / graph.file, threads)) for graph in graphs])
             for index, graphs in enumerate(self.bundle.stages)
         ]
         self._engine_s = 0.0
-        self._rates = np.full(len(self.shape.depths), np.nan)  # seconds a MAC, by stage; learned
+        self._paces = [_Pace() for _ in self.shape.depths]
 
     @property
     def shape(self) -> Shape:
@@ -150,7 +147,7 @@ class Session:
         kept, refined = record.grids()
         trace = Trace(stage_logits, record.exits, kept, refined, importance)
         logits = stage_logits[record.exits, np.arange(len(x))]
-        spent = record.macs(scored=strengths.any((1, 2)))
+        spent = record.macs(scored=np.asarray(strengths.any((1, 2))))
         return Output(logits, spent, trace, self._clock() - started, self._engine_s)
 
     # ---- settings
@@ -191,19 +188,20 @@ class Session:
 
     def _affordable(self, batch: int, seconds: float) -> float:
         """The largest budget whose points should take at most `seconds` for a batch; the cheapest if none does."""
-        if self.points is None or np.isnan(self._rates).any():
+        if self.points is None or not all(pace.is_known for pace in self._paces):
             return 1.0
-        for share, point in zip(self.points.shares, self.points.points, strict=True):
+        shares = self.points.shares  # cheapest first, points dearest first
+        for share, point in zip(shares[::-1], self.points.points, strict=True):
             if batch * self._predict(point) <= seconds:
                 return float(share)
-        return float(self.points.shares[-1])
+        return float(shares[0])
 
     def _predict(self, point: Point) -> float:
-        """Seconds of a mean image at `point`, by the rates seen so far."""
+        """Seconds of a mean image at `point`, by what calls have taken so far."""
         kept = (self.shape.num_patches, *point.kept_mean[1:])
         return sum(
-            float(self._rates[stage] * stage_macs(self.shape, stage, count, count, scored=True))
-            for stage, count in enumerate(kept)
+            pace.predict(float(stage_macs(self.shape, stage, count, count, scored=True)))
+            for stage, (pace, count) in enumerate(zip(self._paces, kept, strict=True))
         )
 
     # ---- running
@@ -222,13 +220,13 @@ class Session:
         x_TD = np.empty(0, np.float32)
         for index, stage in enumerate(self._stages):
             macs = float(np.sum(stage_macs(shape, index, layout.counts - 1, layout.counts - 1, scored=True)))
-            if index and self._clock() + self._rates[index] * macs > until:  # an unknown rate compares as affordable
-                break
             began = self._clock()
+            if index and began + self._paces[index].predict(macs) > until:
+                break
             x_TD, received_T, logits = stage.run(images, x_TD, layout, refined_T)
             took = self._clock() - began
             self._engine_s += stage.engine_s
-            self._learn(index, took / macs)
+            self._paces[index].learn(macs, took)
             record.add(index, layout, refined_T)
             stage_logits[index, layout.images] = logits
             if index == num_stages - 1:
@@ -252,17 +250,16 @@ class Session:
         shape, batch = self.shape, len(images)
         num_stages, record = len(shape.depths), Record(shape, batch)
         stage_logits = np.full((num_stages, batch, shape.num_classes), np.nan, np.float32)
+        importance = np.full((num_stages - 1, batch, shape.num_patches), np.nan)
+        self._stages[0].engine_s = 0.0
         for row in range(batch):
-            logits, kept, refined = self._stages[0].call([images[row, None], strengths[row].astype(np.float32)])
-            self._engine_s += self._stages[0].engine_s
+            logits, kept, refined, seen = self._stages[0].call([images[row, None], strengths[row].astype(np.float32)])
             stage_logits[-1, row] = logits[0]
             record.kept[:, row], record.refined[:, row] = kept > 0, refined > 0
+            importance[:, row] = np.where(record.kept[:-1, row], seen, np.nan)
         record.stages_run = num_stages
-        return record, stage_logits, np.full((num_stages - 1, batch, *shape.grid), np.nan)
-
-    def _learn(self, stage: int, rate: float) -> None:
-        before = self._rates[stage]
-        self._rates[stage] = rate if np.isnan(before) else RATE_MOMENTUM * before + (1 - RATE_MOMENTUM) * rate
+        self._engine_s = self._stages[0].engine_s
+        return record, stage_logits, importance.reshape(num_stages - 1, batch, *shape.grid)
 
     def _read(self, images: Source | Sequence[Source] | np.ndarray) -> np.ndarray:
         if not (isinstance(images, np.ndarray) and images.dtype == np.float32):
@@ -278,117 +275,30 @@ class Session:
         return np.ascontiguousarray(images)
 
 
-class _Stage:
-    """The graphs of one stage, fed from packed tokens."""
+class _Pace:
+    """Seconds of a stage as a line over its MACs, fitted to the calls so far, the latest of which weigh most."""
 
-    def __init__(self, bundle: Bundle, index: int, graphs: list[tuple[GraphFile, Graph]]) -> None:
-        self._shape, self._index, self._max_batch = bundle.shape, index, bundle.max_batch
-        self._graphs = sorted(graphs, key=lambda each: each[0].tokens or 0)
-        self.engine_s = 0.0  # of the latest `run` or `call`
+    def __init__(self) -> None:
+        self._sums = np.zeros(5)  # of 1, macs, seconds, macs^2, macs * seconds
 
-    def call(self, inputs: list[np.ndarray], width: int = 0) -> list[np.ndarray]:
-        """The graph that takes `width` tokens an image."""
-        graph = next(graph for file, graph in self._graphs if file.tokens in (None, width))
-        began = time.perf_counter()
-        outputs = graph(inputs)
-        self.engine_s += time.perf_counter() - began
-        return outputs
+    @property
+    def is_known(self) -> bool:
+        return bool(self._sums[0])
 
-    def run(
-        self, images: np.ndarray, x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens and received attention, packed, and logits, an image a row. `refined_T` None: every patch with a token."""
-        self.engine_s = 0.0
-        groups = self._groups(layout.counts)
-        found = [self._run_group(group, images, x_TD, layout, refined_T) for group in groups]
-        if len(found) == 1:
-            return found[0]
-        back = np.argsort(np.concatenate(groups))
-        x, received, logits = zip(*found, strict=True)
-        if self._index == len(self._shape.depths) - 1:
-            return np.empty(0), np.empty(0), np.concatenate(logits)[back]
-        # packed group after group; back into the order of the images
-        counts = layout.counts[np.concatenate(groups)]
-        pieces = np.split(np.arange(counts.sum()), to_starts(counts)[1:-1])
-        rows = np.concatenate([pieces[place] for place in back])
-        return np.concatenate(x)[rows], np.concatenate(received)[rows], np.concatenate(logits)[back]
+    def learn(self, macs: float, seconds: float) -> None:
+        self._sums = FORGETTING * self._sums + (1.0, macs, seconds, macs * macs, macs * seconds)
 
-    def _run_group(
-        self, group: np.ndarray, images: np.ndarray, x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One call for the images at these places of `layout`."""
-        if not self._index:
-            outputs = self.call([images[layout.images[group]]], 1 + self._shape.num_patches)
-            if len(outputs) == 1:  # a model of one stage
-                return np.empty(0), np.empty(0), outputs[0]
-            x, received, logits = outputs
-            return x.reshape(-1, x.shape[-1]), received.ravel(), logits
-        counts = layout.counts[group]
-        width = self._width(int(counts.max()))
-        offsets = np.arange(width)
-        is_live = offsets < counts[:, None]
-        places = np.where(is_live, layout.starts[group][:, None] + offsets, layout.starts[group][:, None])
-        cell = layout.cell_T[places]
-        is_read = is_live & (cell >= 0)
-        if refined_T is not None:
-            is_read &= refined_T[places]
-        pixels = self._pixels(images, layout.images[group], cell, is_read)
-        source = is_read.ravel().cumsum().reshape(is_read.shape) * is_read
-        bias = np.where(is_live, np.float32(0), np.float32(MASKED))
-        outputs = self.call([x_TD[places], cell, pixels, source, bias], width)
-        if len(outputs) == 1:
-            return np.empty(0), np.empty(0), outputs[0]
-        x, received, logits = outputs
-        return x[is_live], received[is_live], logits
-
-    def _pixels(self, images: np.ndarray, owners: np.ndarray, cell: np.ndarray, is_read: np.ndarray) -> np.ndarray:
-        """float32 [1 + R, C, P, P]: zeros, then the patches that are looked at again, image after image."""
-        (rows, columns), side, channels = self._shape.grid, self._shape.patch_size, self._shape.in_chans
-        image, token = is_read.nonzero()
-        row, column = np.divmod(cell[image, token], columns)
-        grid = images.reshape(len(images), channels, rows, side, columns, side)
-        room = len(image) + 1 if self._graphs[0][0].tokens is None else is_read.size
-        pixels = np.zeros((room, channels, side, side), np.float32)
-        pixels[1 : len(image) + 1] = grid[owners[image], :, row, :, column]
-        return pixels
-
-    def _width(self, most: int) -> int:
-        """Tokens an image that a graph exists for, the fewest that fit `most`."""
-        return (
-            most if self._graphs[0][0].tokens is None else next(f.tokens for f, _ in self._graphs if f.tokens >= most)
-        )
-
-    def _groups(self, counts: np.ndarray) -> list[np.ndarray]:
-        """Places of the images that share a call."""
-        batch, limit = len(counts), self._max_batch or len(counts)
-        if batch == 1:
-            return [np.zeros(1, np.int64)]
-        if self._index == 0 or counts.min() == counts.max():
-            return np.split(np.arange(batch), range(limit, batch, limit))
-        weights = numbers_moved(self._shape, [0] * (self._index + 1)) - numbers_moved(self._shape, [0] * self._index)
-        widths = np.array([self._width(int(count)) for count in counts])
-        image = stage_macs(self._shape, self._index, widths - 1, widths - 1, scored=True)
-        return group_by_count(widths, np.asarray(image), MACS_A_WEIGHT * weights, limit)
-
-
-def group_by_count(counts: np.ndarray, cost: np.ndarray, call_cost: float, limit: int) -> list[np.ndarray]:
-    """Images that share a call, so that all calls together cost the least: places [n] of each group, at most `limit`.
-
-    An image of `counts` [B] tokens costs `cost` [B] alone and, padded, as much as the longest of its call; a call costs
-    `call_cost` beside. Exact: the best groups are runs of the images in the order of their counts.
-    """
-    order = np.argsort(counts, kind="stable")
-    best, cut = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=np.int64)
-    for end in range(1, len(order) + 1):
-        begin = np.arange(max(0, end - limit), end)
-        total = best[begin] + call_cost + (end - begin) * cost[order[end - 1]]
-        cheapest = int(total.argmin())
-        best[end], cut[end] = total[cheapest], begin[cheapest]
-    groups, end = [], len(order)
-    while end:
-        groups.append(np.sort(order[cut[end] : end]))
-        end = int(cut[end])
-    return groups[::-1]
+    def predict(self, macs: float) -> float:
+        """Seconds, 0 or more; 0 while nothing is known."""
+        if not self.is_known:
+            return 0.0
+        mean_macs, mean_s, mean_square, mean_product = self._sums[1:] / self._sums[0]
+        spread = mean_square - mean_macs**2
+        through_zero = mean_s / mean_macs
+        if spread < 1e-6 * mean_square:  # all calls were alike
+            return float(through_zero * macs)
+        slope = np.clip((mean_product - mean_macs * mean_s) / spread, 0.0, through_zero)
+        return float(mean_s + slope * (macs - mean_macs))
 
 
 def _cut(x_TD: np.ndarray, layout: Layout, choice: Choice) -> tuple[np.ndarray, Layout, np.ndarray | None]:

@@ -73,18 +73,23 @@ def set_threads(count: int | None) -> None:
 
 
 def choose_meter(args: argparse.Namespace):
-    """The meter of --meter; "auto" on a GPU is the GPU's own, where there is one.
+    """The meter of --meter, with the --battery-wh of a battery; "auto" on a GPU is the GPU's own, where there is one.
 
     Raises:
         EnergyError: no such meter, or it cannot be used here.
+        ValueError: a capacity that is none, or of another meter than the battery.
     """
     from iret.measure.energy import EnergyError
     from iret.measure.sources import open_meter
 
+    if args.battery_wh is not None and not (args.meter.startswith("battery") and args.battery_wh > 0):
+        raise ValueError(
+            f"--battery-wh {args.battery_wh:g} with --meter {args.meter}: give watt-hours above 0, with --meter battery."
+        )
     if args.meter == "auto" and args.device.startswith("cuda"):
         try:
             return open_meter("nvml")
         except EnergyError as error:
             say(f"energy is estimated: {error}")
             return open_meter("estimate")
-    return open_meter(args.meter)
+    return open_meter(args.meter, capacity_wh=args.battery_wh)

@@ -10,6 +10,7 @@ from pathlib import Path
 from iret.verbs.console import check_device, check_picture, choose_meter, fail, open_data, print_table, say, set_threads
 
 SEARCH_NAME = "search.jsonl"
+TRIALS = 8  # of `iret calibrate`, unless --trials says otherwise
 
 
 def do_calibrate(args: argparse.Namespace) -> int:
@@ -50,10 +51,14 @@ def do_calibrate(args: argparse.Namespace) -> int:
 
 def _find_points(args: argparse.Namespace, model, folder: Path):
     """Those the model has, with --device-only; else from a search on held-out images."""
-    from iret.calibrate import calibrate
+    from iret.calibrate import MAX_IMAGES, calibrate, keep_clocks
+    from iret.doctor import describe_device
     from iret.train.data import name_of
 
     if args.device_only:
+        given = [word for word in ("data", "trials", "max_images") if getattr(args, word) is not None]
+        if given:
+            raise ValueError(f"--device-only measures the clock alone; leave out --{given[0].replace('_', '-')}.")
         if model.points is None:
             raise ValueError(
                 f"{args.model} has no operating points to measure; run `iret calibrate` with --data first."
@@ -65,20 +70,27 @@ def _find_points(args: argparse.Namespace, model, folder: Path):
         )
     data = open_data(args, "val", model)
     folder.mkdir(parents=True, exist_ok=True)
-    return calibrate(
+    points = calibrate(
         model,
         data,
         data_name=name_of(args.data),
-        max_images=args.max_images,
+        max_images=MAX_IMAGES if args.max_images is None else args.max_images,
         workers=args.workers,
-        trials=args.trials,
+        trials=TRIALS if args.trials is None else args.trials,
         memory_path=folder / SEARCH_NAME,
         say=say,
     )
+    return keep_clocks(points, model.points, describe_device(model.pos_embed.device, model.precision), say)
+
+
+def _explain_joules(found) -> str:
+    """What the joules of a DeviceTable or of a Row of `bench` are."""
+    idle = f", above {found.idle_watts:.3g} W idle" if found.energy_kind == "measured" else ""
+    return f"joules {found.energy_kind} by {found.energy_source}: {found.energy_scope}{idle}"
 
 
 def _print_points(points, table) -> None:
-    say(f"ms and joules an image at batch 1 on {table.device}; joules {table.energy_kind}: {table.energy_scope}")
+    say(f"ms and joules an image at batch 1 on {table.device}; {_explain_joules(table)}")
     print_table(
         ("keep thresholds", "leave at", "top-1", "of full", "p95", "ms", "p95", "mJ"),
         [
@@ -144,7 +156,7 @@ def do_bench(args: argparse.Namespace) -> int:
             for row in rows
         ],
     )
-    say(f"joules {rows[0].energy_kind}: {meter.scope}; share: of the saving in MACs, what the clock sees")
+    say(f"{_explain_joules(rows[0])}; share: of the saving in MACs, what the clock sees")
     return 0
 
 
@@ -159,7 +171,7 @@ def do_simulate(args: argparse.Namespace) -> int:
     table = _choose_table(points, args.clock)
     menu = points.menu(table.device, args.idle_watts)
     images = 3600 * args.hours * args.rate
-    halfway = 3600 * args.hours * args.idle_watts + images * (min(table.joules) + max(table.joules)) / 2
+    halfway = 3600 * args.hours * menu.idle_watts + images * (min(table.joules) + max(table.joules)) / 2
     day = Day(
         hours=args.hours,
         images_per_second=args.rate,
@@ -180,8 +192,8 @@ def do_simulate(args: argparse.Namespace) -> int:
         )
         return 0
     say(
-        f"{day.battery_joules / 3600:.3g} Wh, {outcomes[0].images} images, costs of {table.device}; joules "
-        f"{table.energy_kind}: {table.energy_scope}; right answers are expected from held-out accuracy"
+        f"{day.battery_joules / 3600:.3g} Wh, {outcomes[0].images} images, costs of {table.device}; "
+        f"{_explain_joules(table)}; right answers are expected from held-out accuracy"
     )
     print_table(
         ("policy", "hours", "answered", "right", "right of all", "energy (J)", "peak C"),

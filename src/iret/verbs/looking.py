@@ -36,7 +36,7 @@ def do_predict(args: argparse.Namespace) -> int:
                 continue
             if pilot:
                 decision = pilot.next()
-                setting = model.setting(decision.budget)
+                setting = _leave_early(args, model.setting(decision.budget))
                 reasons[decision.reason, decision.broken].append(decision.doubts)
             prediction, trace = predict(model, photo, setting=setting, name=path)
             if pilot:
@@ -69,7 +69,7 @@ def do_predict(args: argparse.Namespace) -> int:
 
 
 def _read_setting(args: argparse.Namespace, model):
-    """What --budget, --ms, --joules or --threshold ask for, with --exit-confidence in place of the table's."""
+    """What --budget, --ms, --joules or --threshold ask for."""
     from iret.runtime.points import Setting
 
     if args.threshold is not None:
@@ -78,6 +78,11 @@ def _read_setting(args: argparse.Namespace, model):
         setting = model.setting(model.budget_for(ms=args.ms, joules=args.joules))
     else:
         setting = model.setting(1.0 if args.budget is None else args.budget)
+    return _leave_early(args, setting)
+
+
+def _leave_early(args: argparse.Namespace, setting):
+    """With --exit-confidence in place of the table's."""
     return setting if args.exit_confidence is None else replace(setting, exit_confidence=args.exit_confidence)
 
 
@@ -94,6 +99,11 @@ def _start_pilot(args: argparse.Namespace, model):
         max_celsius=args.max_celsius,
         min_accuracy=args.min_accuracy,
     )
+    for name in ("rate", "battery_wh", "idle_watts"):
+        if args.battery is None and getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} tells of the battery; say with --battery how long it must last."
+            )
     if all(goal is None for goal in goals.values()):
         return None
     if any(choice is not None for choice in (args.budget, args.ms, args.joules, args.threshold)):
@@ -101,7 +111,7 @@ def _start_pilot(args: argparse.Namespace, model):
     if model.points is None:
         raise ValueError(f"{args.model} has no operating points to choose from; run `iret calibrate` first.")
     goal = Goal(**goals, battery_joules=None if args.battery_wh is None else 3600 * args.battery_wh)
-    menu = model.points.menu(describe_device(model.pos_embed.device, model.precision))
+    menu = model.points.menu(describe_device(model.pos_embed.device, model.precision), args.idle_watts)
     return Pilot(menu, goal)
 
 

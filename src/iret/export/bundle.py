@@ -1,0 +1,220 @@
+"""`iret export`: a model becomes a bundle, and is shown to answer as the model does before the bundle is there.
+
+Everything is written into a folder beside the wanted one, checked there, and moved into place; what fails leaves nothing.
+
+Read first: `graphs`. Read next: `parity`, `iret.runtime.session`.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from iret import doctor
+from iret.export.graphs import FirstStage, LaterStage, SingleGraph
+from iret.export.int8 import Calls, record_inputs
+from iret.export.parity import Parity, check, settings
+from iret.export.targets import WRITERS, Axes
+from iret.model import Iret
+from iret.runtime.bundle import ENGINES, FILE_NAME, Bundle, GraphFile, checksum
+
+MAX_BATCH = 8  # images a call of an ExecuTorch program, whose memory is planned ahead
+ANY_BATCH = 4096  # a bound that torch.export asks for; the file holds none
+LABELS_NAME = "labels.txt"
+
+Say = Callable[[str], None]
+Traced = tuple[nn.Module, tuple[Tensor, ...], Axes | None]  # a graph, what to trace it with, which axes may change
+
+
+def export(
+    model: Iret,
+    out: Path,
+    kind: str = "onnx",
+    *,
+    single_graph: bool = False,
+    buckets: Sequence[int] = (),
+    int8: bool = False,
+    images: Tensor | None = None,
+    say: Say = lambda line: None,
+) -> tuple[Bundle, Parity]:
+    """Write `model`, in eval mode on the CPU, as a bundle of `kind` into the folder `out`, which is new or an older bundle.
+
+    `buckets`: numbers of patches that graphs are made for, in place of graphs that take any; all patches are always one of them.
+    `images` [B, C, Y, X]: what the bundle is checked on, and int8 calibrated on, as the model takes them; None: noise and
+    smooth blobs, which calibrate nothing.
+
+    Raises:
+        ValueError: an option that the kind cannot do, a folder that is something else, a bundle that differs from the model.
+        ImportError: the engine is missing.
+    """
+    _refuse(model, out, kind, single_graph, buckets)
+    if int8 and (images is None or single_graph):
+        raise ValueError("int8 is calibrated on real images stage by stage; give --data, and leave out --single-graph.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        jobs = _jobs(model, kind, single_graph, buckets)
+        bundle, parity = _write(model, scratch, kind, jobs, None, images, say)
+        if int8 and images is not None:
+            say("recording what every graph is given")
+            calls = record_inputs(scratch, images.numpy(), [each[1:] for each in settings(model, bundle)])
+            bundle, parity = _write(model, scratch, kind, jobs, calls, images, say)
+        _move(scratch, out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return bundle, parity
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One file to write: which stage, for which count of tokens (None: any), from which graph traced with what."""
+
+    name: str
+    stage: int
+    tokens: int | None
+    graph: nn.Module
+    inputs: tuple[Tensor, ...]
+    axes: Axes | None
+
+
+def _jobs(model: Iret, kind: str, single_graph: bool, buckets: Sequence[int]) -> list[_Job]:
+    model = model.eval()
+    with torch.no_grad():
+        if single_graph:
+            return [_Job("model", 0, None, *_single_graph(model))]
+        limit = _max_batch(kind, bool(buckets))
+        counts: list[int | None] = [*sorted({*buckets, model.shape.num_patches})] if buckets else [None]
+        jobs = [_Job("stage_0", 0, None, *_first_stage(model, limit))]
+        for index in range(1, len(model.stages)):
+            for count in counts:
+                name, width = (f"stage_{index}", None) if count is None else (f"stage_{index}_{count}", count + 1)
+                jobs.append(_Job(name, index, width, *_later_stage(model, index, width, limit)))
+        return jobs
+
+
+def _max_batch(kind: str, is_fixed: bool) -> int | None:
+    """Images a call at most; None: any."""
+    if is_fixed:
+        return 1
+    return MAX_BATCH if kind == "executorch" else None
+
+
+def _write(
+    model: Iret,
+    folder: Path,
+    kind: str,
+    jobs: Sequence[_Job],
+    calls: dict[str, Calls] | None,
+    images: Tensor | None,
+    say: Say,
+) -> tuple[Bundle, Parity]:
+    """A whole bundle in `folder`, checked against the model; in int8 where every graph's `calls` are given."""
+    extension, write = WRITERS[kind]
+    stages: dict[int, list[GraphFile]] = {}
+    for job in jobs:
+        name = job.name + extension
+        say(f"writing {name}" + (" in int8" if calls else ""))
+        with torch.no_grad():
+            write(job.graph, job.inputs, job.axes, folder / name, calls[name] if calls else None)
+        stages.setdefault(job.stage, []).append(GraphFile(name, job.tokens))
+    if model.labels:
+        (folder / LABELS_NAME).write_text("\n".join(model.labels) + "\n")
+    is_single = jobs[0].name == "model"
+    bundle = Bundle(
+        name=model.name,
+        kind=kind,
+        is_single=is_single,
+        precision="int8" if calls else "float32",
+        shape=model.shape,
+        preprocess=model.preprocessing,
+        labels=model.labels,
+        points=model.points,
+        stages=tuple(tuple(graphs) for graphs in stages.values()),
+        max_batch=1 if is_single else _max_batch(kind, any(job.tokens for job in jobs)),
+        checksums={path.name: checksum(path) for path in sorted(folder.iterdir()) if path.name != FILE_NAME},
+        versions={name: version for name, version in doctor.versions().items() if version},
+    )
+    (folder / FILE_NAME).write_text(bundle.to_json())
+    say("checking it against the model")
+    parity = check(model, folder, images)
+    bundle = bundle.with_check(parity.to_dict())
+    (folder / FILE_NAME).write_text(bundle.to_json())
+    return bundle, parity
+
+
+def _refuse(model: Iret, out: Path, kind: str, single_graph: bool, buckets: Sequence[int]) -> None:
+    """Raises ValueError for what cannot be written, before anything is."""
+    if kind not in ENGINES:
+        raise ValueError(f"format {kind!r} is unknown; choose from {', '.join(ENGINES)}.")
+    if not model.num_classes:
+        raise ValueError("this model has no classes to answer with; call reset_classifier(N) and train it first.")
+    if single_graph and kind == "executorch":
+        raise ValueError(
+            "ExecuTorch runs a graph with data-dependent sizes 12 times too slowly (docs/export.md); leave out --single-graph."
+        )
+    if single_graph and buckets:
+        raise ValueError("a single graph has no fixed token counts; give --single-graph or --buckets, not both.")
+    bad = [count for count in buckets if not model.shape.min_keep <= count <= model.shape.num_patches]
+    if bad:
+        raise ValueError(
+            f"bucket {bad[0]} is outside [{model.shape.min_keep}, {model.shape.num_patches}], the patches that an image can keep."
+        )
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / FILE_NAME).is_file())):
+        raise ValueError(f"{out} holds something that is not a bundle; give a new folder.")
+
+
+def _batch(max_batch: int | None) -> Dim:
+    return Dim("batch", min=1, max=max_batch or ANY_BATCH)
+
+
+def _first_stage(model: Iret, max_batch: int | None) -> Traced:
+    shape = model.shape
+    is_fixed = max_batch == 1
+    images = torch.zeros(1 if is_fixed else 2, shape.in_chans, *shape.img_size)
+    return FirstStage(model), (images,), None if is_fixed else ({0: _batch(max_batch)},)
+
+
+def _later_stage(model: Iret, index: int, width: int | None, max_batch: int | None) -> Traced:
+    """`width` fixes the tokens of an image, and with them everything."""
+    shape = model.shape
+    batch, tokens = (2, shape.min_keep + 2) if width is None else (1, width)
+    rows = 3 if width is None else width
+    inputs = (
+        torch.zeros(batch, tokens, shape.embed_dims[index - 1]),
+        torch.arange(-1, tokens - 1).expand(batch, -1).contiguous(),
+        torch.zeros(rows, shape.in_chans, shape.patch_size, shape.patch_size),
+        torch.zeros(batch, tokens, dtype=torch.int64),
+        torch.zeros(batch, tokens),
+    )
+    if width is not None:
+        return LaterStage(model, index), inputs, None
+    every = shape.num_patches + 1
+    by_token = {0: _batch(max_batch), 1: Dim("tokens", min=shape.min_keep + 1, max=every)}
+    by_row = {0: Dim("rows", min=1, max=1 + (max_batch or ANY_BATCH) * shape.num_patches)}
+    return LaterStage(model, index), inputs, (by_token, by_token, by_row, by_token, by_token)
+
+
+def _single_graph(model: Iret) -> Traced:
+    shape = model.shape
+    # uneven images, so that tracing sees the general case
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, shape.in_chans, *shape.img_size, generator=generator)
+    return SingleGraph(model), (images, torch.ones(len(model.transitions), 2)), None
+
+
+def _move(scratch: Path, out: Path) -> None:
+    """Put the finished folder in place; an older bundle is there until the new one is."""
+    scratch.chmod(0o755)
+    if not out.exists():
+        scratch.rename(out)
+        return
+    older = scratch.with_name(scratch.name + ".old")
+    out.rename(older)
+    scratch.rename(out)
+    shutil.rmtree(older)

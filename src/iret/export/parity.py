@@ -1,0 +1,132 @@
+"""Whether a bundle answers as the model does: the same images, at several budgets, alone and in a batch.
+
+In fp32 every kept and refined patch has to be the same but for ties by rounding (importance within `TIE` of the threshold, or of
+the last patch that stays), which are counted; and the logits within `TOLERANCE` where the patches agree. int8 answers differently
+by nature; there agreement is reported.
+
+Read first: `iret.runtime.session`, which runs the bundle.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from iret.model import Iret
+from iret.output import Output
+from iret.runtime.bundle import Bundle
+from iret.runtime.keep import read_strengths
+from iret.runtime.points import BUDGETS
+from iret.runtime.session import Output as SessionOutput, Session
+
+TOLERANCE = 1e-4  # of logits
+TIE = 1e-4  # of importance, which is 1 in the mean
+THRESHOLDS: tuple[object, ...] = (0.0, 0.8, 1.0, 1.5)  # where there are no operating points
+BATCHES = (1, 8)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a bundle is from the model. Counts are of (image, setting, batch size)."""
+
+    compared: int = 0
+    tied: int = 0  # kept or refined other patches, every one of them a tie by rounding
+    split: int = 0  # kept or refined other patches, and not by a tie
+    agree: int = 0  # the same answer, whatever was kept
+    logit_error: float = 0.0  # largest difference where the same patches were kept
+    problem: str | None = None  # the first thing that is not as it must be
+
+    def plus(self, model: Output, found: SessionOutput, rows: slice, strengths: np.ndarray, where: str) -> "Parity":
+        """With one more run: the images `rows` of the model's, at `strengths` [B, transitions, 2]; `where` names it."""
+        assert model.trace is not None
+        kept, refined = model.trace.kept[:, rows].numpy(), model.trace.refined[:, rows].numpy()
+        expected, macs = model.logits[rows].numpy(), model.macs[rows].numpy()
+        problem, tied, split, error = self.problem, 0, 0, self.logit_error
+        for row in range(len(expected)):
+            differs = (kept[:, row] != found.trace.kept[:, row]) | (refined[:, row] != found.trace.refined[:, row])
+            if differs.any():
+                stage = int(differs.any((1, 2)).argmax())
+                importance = found.trace.importance[stage - 1, row]
+                edges = [*strengths[row, stage - 1], importance[found.trace.kept[stage, row]].min()]
+                if (np.abs(importance[differs[stage]][:, None] - edges).min(1) <= TIE).all():
+                    tied += 1
+                    continue
+                split += 1
+                problem = problem or f"at {where}, image {rows.start + row}: other patches in stage {stage + 1}"
+                continue
+            error = max(error, float(np.abs(expected[row] - found.logits[row]).max()))
+            if error > TOLERANCE:
+                problem = problem or f"at {where}, image {rows.start + row}: logits differ by {error:.1e}"
+            if macs[row] != found.macs[row]:
+                problem = problem or f"at {where}, image {rows.start + row}: {found.macs[row]} MACs, not {macs[row]}"
+        return replace(
+            self,
+            compared=self.compared + len(expected),
+            tied=self.tied + tied,
+            split=self.split + split,
+            agree=self.agree + int((expected.argmax(1) == found.logits.argmax(1)).sum()),
+            logit_error=error,
+            problem=problem,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"tolerance": TOLERANCE, "tie": TIE}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.compared} comparisons: same answer {self.agree}, other patches by a tie {self.tied}, otherwise {self.split}; "
+            f"largest difference of logits {self.logit_error:.1e}"
+        )
+
+
+def check(
+    model: Iret, folder: Path, images: Tensor | None = None, *, engine: str | None = None, threads: int | None = None
+) -> Parity:
+    """Compare a bundle with the model on `images` [B, C, Y, X]; None: noise and smooth blobs.
+
+    Raises:
+        ValueError: an fp32 bundle that differs; says where first.
+    """
+    session = Session(folder, engine, threads=threads)
+    parity = compare(model, session, noise_and_blobs(model) if images is None else images)
+    if session.bundle.precision == "float32" and parity.problem is not None:
+        raise ValueError(f"the bundle does not answer as the model does: {parity.problem}. Nothing was kept.")
+    return parity
+
+
+@torch.inference_mode()
+def compare(model: Iret, session: Session, images: Tensor, batches: tuple[int, ...] = BATCHES) -> Parity:
+    """The bundle against the model at every setting of `settings`, in batches of these sizes."""
+    parity = Parity()
+    for name, thresholds, exit_confidence in settings(model, session.bundle):
+        expected = model.run(images, thresholds, exit_confidence)
+        strengths = read_strengths(thresholds, len(images), len(model.transitions))
+        for size in batches:
+            for start in range(0, len(images), size):
+                rows = slice(start, min(start + size, len(images)))
+                found = session(images[rows].numpy(), thresholds=thresholds, exit_confidence=exit_confidence)
+                parity = parity.plus(expected, found, rows, strengths[rows], f"{name}, batches of {size}")
+    return parity
+
+
+def settings(model: Iret, bundle: Bundle) -> list[tuple[str, object, float | None]]:
+    """What is tried: (name, thresholds, exit confidence)."""
+    if model.points is None:
+        return [(f"thresholds {each}", each, None) for each in THRESHOLDS]
+    budgets = [budget for budget in BUDGETS if budget > model.points.cheapest_budget] + [model.points.cheapest_budget]
+    found = [(f"budget {budget:.2f}", model.setting(budget)) for budget in budgets]
+    return [(name, each.thresholds, None if bundle.is_single else each.exit_confidence) for name, each in found]
+
+
+def noise_and_blobs(model: Iret, count: int = 8, seed: int = 0) -> Tensor:
+    """Images [count, C, Y, X] with little and much structure, from a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = model.shape
+    size = (count, shape.in_chans, *shape.img_size)
+    blobs = F.interpolate(torch.randn(*size[:2], 4, 4, generator=generator), size=size[2:], mode="bicubic")
+    share = torch.linspace(0, 1, count).view(-1, 1, 1, 1)
+    return share * torch.randn(size, generator=generator) + (1 - share) * blobs

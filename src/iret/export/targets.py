@@ -1,0 +1,104 @@
+"""Graphs written for one engine each: `write(module, inputs, axes, path, calls)`; in int8 where `calls` are given.
+
+ONNX by torch's exporter, OpenVINO by its converter from the same ONNX graph, ExecuTorch lowered to XNNPACK for CPUs of phones and
+boards. What was tried and on which versions: docs/export.md.
+"""
+
+import importlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iret.export.int8 import Calls, quantize_executorch, quantize_onnx, quantize_openvino
+
+# Opset 20 is the first with Gelu; ONNX Runtime 1.20 and OpenVINO 2024.5 read it.
+OPSET = 20
+
+Axes = tuple[dict[int, Any], ...]  # per input: dimension -> torch.export.Dim; a dimension that is not named is fixed
+
+
+def write_onnx(
+    module: nn.Module, inputs: tuple[Tensor, ...], axes: Axes | None, path: Path, calls: Calls | None = None
+) -> None:
+    """One ONNX file with its weights inside."""
+    _need("onnx", "onnxscript", extra="onnx")
+    with _quiet():
+        program = torch.onnx.export(
+            module, inputs, dynamo=True, dynamic_shapes=axes, opset_version=OPSET, verbose=False
+        )
+        assert program is not None
+        program.save(str(path), external_data=False)
+        if calls:
+            quantize_onnx(path, calls)
+
+
+def write_openvino(
+    module: nn.Module, inputs: tuple[Tensor, ...], axes: Axes | None, path: Path, calls: Calls | None = None
+) -> None:
+    """An .xml with its .bin of weights in fp32 beside it."""
+    _need("openvino", extra="openvino")
+    import openvino as ov
+
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "graph.onnx"
+        write_onnx(module, inputs, axes, source)
+        graph = ov.convert_model(str(source))
+        if calls:
+            graph = quantize_openvino(graph, calls)
+        ov.save_model(graph, str(path), compress_to_fp16=False)
+
+
+def write_executorch(
+    module: nn.Module, inputs: tuple[Tensor, ...], axes: Axes | None, path: Path, calls: Calls | None = None
+) -> None:
+    """A .pte, everything that XNNPACK takes lowered to it."""
+    _need("executorch", extra="executorch")
+    with _quiet():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        exported = torch.export.export(module, inputs, dynamic_shapes=axes, strict=False)
+        if calls:
+            quantized = quantize_executorch(exported.module(), calls)
+            exported = torch.export.export(quantized, inputs, dynamic_shapes=axes, strict=False)
+        program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
+        path.write_bytes(program.buffer)
+
+
+Writer = Callable[[nn.Module, tuple[Tensor, ...], "Axes | None", Path, "Calls | None"], None]
+WRITERS: dict[str, tuple[str, Writer]] = {
+    "onnx": (".onnx", write_onnx),
+    "openvino": (".xml", write_openvino),
+    "executorch": (".pte", write_executorch),
+}
+
+
+def _need(*modules: str, extra: str) -> None:
+    """Raises ImportError with what to install."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(
+                f"{module} is not installed here; install it with: pip install 'iret[{extra}]'"
+            ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters' warnings are about their own insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

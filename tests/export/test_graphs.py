@@ -1,0 +1,151 @@
+"""The dense graphs that are exported, run by torch itself under a session: the model's answers, with no engine in between."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from iret.export.bundle import _jobs  # what is traced, without the tracing
+from iret.export.parity import TIE, Parity, compare
+from iret.model import Iret
+from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile
+from iret.runtime.cost import LIFTINGS, Shape
+from iret.runtime.session import Session
+
+
+def make_model(seed: int = 0, **options) -> Iret:
+    """12 patches of 8 x 8 in 3 rows, three stages, 5 classes; attention far from uniform, lifting far from Haar's."""
+    settings = dict(img_size=(24, 32), patch_size=8, in_chans=3, num_classes=5, embed_dims=(16, 32, 48), head_dim=16)
+    torch.manual_seed(seed)
+    model = Iret(Shape(**{**settings, "depths": (2, 3, 1), **options})).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("qkv.weight") or "head" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+        elif parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    return model
+
+
+def torch_session(
+    model: Iret, folder: Path, *, buckets: tuple[int, ...] = (), single_graph: bool = False, **options
+) -> Session:
+    """A session whose "engine" is torch on the graphs that would be exported."""
+    model = copy.deepcopy(model)  # as a file would be
+    jobs = _jobs(model, "onnx", single_graph, buckets)
+    stages: dict[int, list[GraphFile]] = {}
+    for job in jobs:
+        stages.setdefault(job.stage, []).append(GraphFile(job.name, job.tokens))
+    bundle = Bundle(
+        name=model.name,
+        kind="onnx",
+        is_single=single_graph,
+        precision="float32",
+        shape=model.shape,
+        preprocess=model.preprocessing,
+        labels=model.labels,
+        points=model.points,
+        stages=tuple(tuple(each) for each in stages.values()),
+        max_batch=1 if single_graph or buckets else None,
+        checksums={},
+    )
+    folder.mkdir(exist_ok=True)
+    (folder / FILE_NAME).write_text(bundle.to_json())
+    graphs = {job.name: job.graph for job in jobs}
+
+    def load(engine: str, path: Path, threads: int | None):
+        def run(inputs):
+            with torch.no_grad():
+                return [each.numpy() for each in graphs[path.name](*map(torch.from_numpy, inputs))]
+
+        return run
+
+    return Session(folder, load=load, **options)
+
+
+def make_images(model: Iret, batch: int = 6, seed: int = 1) -> torch.Tensor:
+    size = (batch, model.shape.in_chans, *model.shape.img_size)
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"lifting": lifting} for lifting in LIFTINGS),
+        {"importance": "column"},
+        {"in_chans": 1},
+        {"depths": (1, 2), "embed_dims": (16, 32)},
+    ],
+    ids=str,
+)
+def test_a_session_keeps_the_model_s_patches_and_gives_its_answers(tmp_path, options):
+    model = make_model(**options)
+    parity = compare(model, torch_session(model, tmp_path), make_images(model), batches=(1, 6))
+    assert parity.problem is None
+    assert parity.compared == 2 * 6 * 4
+    assert parity.agree == parity.compared
+    assert 0 < parity.logit_error < 2e-5  # 0 would mean that the model was compared with itself
+
+
+@pytest.mark.parametrize("importance", ["cls", "column"])
+def test_padding_behind_a_key_mask_changes_nothing(tmp_path, importance):
+    model = make_model(importance=importance)
+    later = _jobs(model, "onnx", False, ())[1].graph
+    generator = torch.Generator().manual_seed(0)
+    x, pixels = torch.randn(1, 9, 16, generator=generator), torch.randn(4, 3, 8, 8, generator=generator)
+    pixels[0] = 0
+    cell, source = torch.arange(-1, 8)[None], torch.tensor([[0, 1, 0, 2, 0, 0, 3, 0, 0]])
+    with torch.no_grad():
+        alone = later(x[:, :7], cell[:, :7], pixels, source[:, :7], torch.zeros(1, 7))
+        padded = later(x, cell, pixels, source, torch.tensor([[0.0] * 7 + [-1e9] * 2]))
+    torch.testing.assert_close(padded[0][:, :7], alone[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(padded[1][:, :7], alone[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(padded[2], alone[2], rtol=0, atol=1e-5)
+    assert not padded[1][:, 7:].any()
+
+
+def test_graphs_of_fixed_counts_answer_the_same(tmp_path):
+    model = make_model()
+    parity = compare(model, torch_session(model, tmp_path, buckets=(5, 8)), make_images(model), batches=(1, 6))
+    assert parity.problem is None
+    assert parity.split == 0
+
+
+def test_the_single_graph_drops_at_its_own_thresholds(tmp_path):
+    model = make_model()
+    session = torch_session(model, tmp_path, single_graph=True)
+    parity = compare(model, session, make_images(model), batches=(1, 6))
+    assert parity.problem is None
+    images = make_images(model, 1).numpy()
+    half = np.median(session(images, thresholds=0.01).trace.importance[0])
+    counts = [session(images, thresholds=at).trace.kept.sum((1, 2, 3))[1] for at in (0.0, float(half), 9.0)]
+    assert counts == [12, 6, 4]  # 4 is the floor
+
+
+def test_a_difference_is_found_and_named(tmp_path):
+    model = make_model()
+    session = torch_session(model, tmp_path)
+    with torch.no_grad():
+        model.stages[2].head.bias[0] += 0.01
+    parity = compare(model, session, make_images(model), batches=(1,))
+    assert "logits differ by 1.0e-02" in parity.problem
+    changed = make_model()
+    with torch.no_grad():
+        changed.stages[0].blocks[1].attn.qkv.weight[:32] *= 1.5
+    assert compare(changed, session, make_images(model), batches=(1,)).split > 0
+
+
+@pytest.mark.parametrize(("gap", "tied", "split"), [(0.3 * TIE, 1, 0), (30 * TIE, 0, 1)])
+def test_a_tie_by_rounding_is_counted_and_another_patch_is_a_fault(tmp_path, gap, tied, split):
+    model = make_model()
+    session = torch_session(model, tmp_path)
+    images = make_images(model, 1)
+    edge = np.sort(session(images.numpy(), thresholds=0.5).trace.importance[0, 0].ravel())[6]
+    found = session(images.numpy(), thresholds=(edge + gap, 0.0))
+    with torch.no_grad():
+        expected = model.run(images, (edge - gap, 0.0))
+    assert found.trace.kept[1].sum() < expected.trace.kept[1].sum()
+    parity = Parity().plus(expected, found, slice(0, 1), np.array([[[edge + gap] * 2, [0.0] * 2]]), "here")
+    assert (parity.compared, parity.tied, parity.split) == (1, tied, split)
+    assert (parity.problem is None) == bool(tied)

@@ -1,0 +1,332 @@
+"""A session with an engine that only pretends: how it groups, when it stops, what it refuses. Answers: tests/export."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum
+from iret.runtime.cost import Shape, full_macs, stage_macs
+from iret.runtime.points import OperatingPoints, Point
+from iret.runtime.preprocess import Preprocess
+from iret.runtime.session import Session
+
+# 16 patches of 4 x 4, three stages
+SHAPE = Shape(
+    img_size=(16, 16), patch_size=4, in_chans=3, num_classes=3, embed_dims=(8, 16, 24), depths=(1, 1, 1), head_dim=8
+)
+HALF = (0.5, 0.5, 0.5)
+
+
+def point(keep: float, share: float, accuracy: float) -> Point:
+    kept = (16.0, 16 * share, 16 * share)
+    macs = share * full_macs(SHAPE)
+    return Point(
+        thresholds=((keep, keep),) * 2, accuracy=accuracy, macs_mean=macs, macs_p95=macs, kept_mean=kept
+    )  # fmt: skip
+
+
+POINTS = OperatingPoints(
+    data="made up",
+    num_images=100,
+    full_macs=full_macs(SHAPE),
+    points=(point(0.0, 1.0, 0.9), point(0.9, 0.7, 0.8), point(1.1, 0.4, 0.7)),
+)
+
+
+class Pretender:
+    """Graphs that note what they are given, let time pass, and find the first patches the most important.
+
+    `seconds(stage, images, tokens)` is what a call takes on `clock`.
+    """
+
+    def __init__(self, seconds=lambda stage, images, tokens: 0.0) -> None:
+        self.now, self.seconds, self.calls = 0.0, seconds, []
+
+    def clock(self) -> float:
+        return self.now
+
+    def load(self, engine: str, path: Path, threads: int | None):
+        stage = int(path.stem.split("_")[1])
+
+        def run(inputs):
+            batch, tokens = (len(inputs[0]), 17) if stage == 0 else inputs[0].shape[:2]
+            self.calls.append((stage, batch, tokens, [each.shape for each in inputs]))
+            self.now += self.seconds(stage, batch, tokens)
+            if stage:
+                self.check(*inputs)
+            # logits tell which stage answered; brighter images look at fewer patches
+            logits = np.eye(3, dtype=np.float32)[np.full(batch, stage)]
+            if stage == 2:
+                return [logits]
+            light = inputs[0].mean((1, 2, 3)) if stage == 0 else inputs[0][:, 0, 0]
+            x = np.broadcast_to(light[:, None, None], (batch, tokens, SHAPE.embed_dims[stage])).astype(np.float32)
+            received = np.exp(-np.abs(light[:, None]) * np.arange(tokens)).astype(np.float32)
+            return [x, received, logits]
+
+        return run
+
+    @staticmethod
+    def check(x, cell, pixels, source, bias) -> None:
+        """What every later stage may rely on."""
+        assert x.dtype == pixels.dtype == bias.dtype == np.float32
+        assert cell.dtype == source.dtype == np.int64
+        assert not pixels[0].any()
+        assert (cell[:, 0] == -1).all()
+        assert (source[cell < 0] == 0).all()
+        assert set(source[source > 0]) == set(range(1, source.max() + 1))
+        live = bias == 0
+        assert live[:, 0].all()
+        assert (source[~live] == 0).all()
+        for row, alive in zip(cell, live, strict=True):
+            assert (np.diff(row[alive]) > 0).all()
+
+
+def make_session(folder: Path, engine: Pretender, **options) -> Session:
+    described = dict(
+        name="pretended",
+        kind="onnx",
+        is_single=False,
+        precision="float32",
+        shape=SHAPE,
+        preprocess=Preprocess(img_size=(16, 16), mean=HALF, std=HALF),
+        labels=("a", "b", "c"),
+        points=POINTS,
+        stages=tuple((GraphFile(f"stage_{index}"),) for index in range(3)),
+        max_batch=None,
+        checksums={},
+    )
+    (folder / FILE_NAME).write_text(Bundle(**described | options).to_json())
+    return Session(folder, clock=engine.clock, load=engine.load)
+
+
+def make_images(*light: float) -> np.ndarray:
+    return np.full((len(light), 3, 16, 16), np.array(light, np.float32)[:, None, None, None])
+
+
+# ---- what runs
+
+
+def test_images_of_a_batch_keep_their_own_counts_and_share_calls(tmp_path):
+    engine = Pretender()
+    session = make_session(tmp_path, engine)
+    light = (0.0, 0.3, 0.0, 2.0)
+    together = session(make_images(*light), thresholds=(1.0, 1.0))
+    counts = together.trace.kept.sum((2, 3))
+    assert counts[1].tolist() == [16, 5, 16, 4]  # uniform attention stays; 4 is the floor
+    for row, each in enumerate(light):
+        alone = session(make_images(each), thresholds=(1.0, 1.0))
+        assert (alone.trace.kept[:, 0] == together.trace.kept[:, row]).all()
+        assert alone.macs == together.macs[row]
+        np.testing.assert_allclose(alone.trace.importance[:, 0], together.trace.importance[:, row], rtol=1e-12)
+
+
+def test_an_image_that_is_sure_leaves_and_the_others_go_on(tmp_path):
+    session = make_session(tmp_path, Pretender())
+    sure = float(np.exp(1) / (np.exp(1) + 2))
+    out = session(make_images(0.1, 0.1), thresholds=0.5, exit_confidence=np.array([sure - 1e-3, sure + 1e-3]))
+    assert out.trace.exit_stage.tolist() == [0, 2]
+    assert out.logits.argmax(1).tolist() == [0, 2]
+    assert np.isnan(out.trace.stage_logits[1:, 0]).all()
+    assert not out.trace.kept[1:, 0].any()
+    assert out.macs[0] == stage_macs(SHAPE, 0, 16, 16, scored=True)
+
+
+def test_a_budget_an_image_is_looked_up_in_the_bundle_s_table(tmp_path):
+    session = make_session(tmp_path, Pretender())
+    out = session(make_images(0.3, 0.3, 0.3), np.array([1.0, 0.7, 0.4]))
+    counts = out.trace.kept.sum((2, 3))[1]
+    assert counts[0] == 16 > counts[1] > counts[2] >= 4
+    by_thresholds = session(make_images(0.3), thresholds=0.9)
+    assert (by_thresholds.trace.kept[:, 0] == out.trace.kept[:, 1]).all()
+
+
+def test_refined_patches_are_a_subset_and_their_pixels_are_sent(tmp_path):
+    engine = Pretender()
+    session = make_session(tmp_path, engine)
+    out = session(make_images(0.3), thresholds=((0.5, 1.5), (0.5, 0.5)))
+    assert 0 < out.trace.refined[1].sum() < out.trace.kept[1].sum()
+    assert (out.trace.refined <= out.trace.kept).all()
+    assert engine.calls[1][3][2] == (1 + out.trace.refined[1].sum(), 3, 4, 4)
+    assert (out.trace.refined[2] == out.trace.kept[2]).all()
+
+
+def test_graphs_of_fixed_counts_get_the_smallest_that_fits(tmp_path):
+    engine = Pretender()
+    stages = (
+        (GraphFile("stage_0"),),
+        *(tuple(GraphFile(f"stage_{k}_{n}", n + 1) for n in (16, 6)) for k in (1, 2)),
+    )
+    session = make_session(tmp_path, engine, stages=stages, max_batch=1)
+    out = session(make_images(0.3, 0.0), thresholds=1.0)
+    assert out.trace.kept.sum((2, 3))[1].tolist() == [5, 16]
+    assert sorted(call[:3] for call in engine.calls if call[0] == 1) == [(1, 1, 7), (1, 1, 17)]
+    assert all(call[3][2][0] == call[2] for call in engine.calls if call[0])  # pixels have a fixed size, too
+
+
+def test_more_images_than_a_call_takes_are_split(tmp_path):
+    engine = Pretender()
+    session = make_session(tmp_path, engine, max_batch=2)
+    out = session(make_images(*[0.3] * 5), thresholds=1.0)
+    assert [call[1] for call in engine.calls if call[0] == 0] == [2, 2, 1]
+    assert max(call[1] for call in engine.calls) == 2
+    assert (out.macs == out.macs[0]).all()
+
+
+# ---- deadlines
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_deadline_is_missed_by_one_stage_at_most(tmp_path_factory, data):
+    """Whatever a call takes: not later than the deadline and the one stage that was begun in good faith."""
+    draw = lambda low, high: data.draw(st.floats(low, high))  # noqa: E731
+    pace = [draw(1e-5, 1e-2) for _ in range(3)]
+    noise = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    longest = []
+
+    def seconds(stage, images, tokens):
+        longest.append(pace[stage] * images * tokens * noise.uniform(0.2, 5))
+        return longest[-1]
+
+    engine = Pretender(seconds)
+    session = make_session(tmp_path_factory.mktemp("bundle"), engine)
+    for _ in range(10):
+        began = engine.now
+        longest.clear()
+        deadline_ms = draw(0.1, 1000)
+        out = session(make_images(*[0.3] * data.draw(st.integers(1, 3))), deadline_ms=deadline_ms)
+        assert engine.now - began <= deadline_ms / 1e3 + max(longest) + 1e-9
+        assert (out.trace.exit_stage == out.logits.argmax(1)).all()  # the last head that ran answers
+        assert not np.isnan(out.logits).any()
+
+
+def test_a_steady_machine_meets_every_deadline_it_can_and_uses_the_time(tmp_path):
+    engine = Pretender(lambda stage, images, tokens: 1e-3 * images * tokens)
+    session = make_session(tmp_path, engine)
+    session(make_images(0.3))  # learns the pace
+    stages = []
+    for deadline_ms in (16.0, 18.0, 40.0, 56.0):
+        began = engine.now
+        out = session(make_images(0.3), deadline_ms=deadline_ms)
+        stages.append(int(out.trace.exit_stage[0]))
+        assert engine.now - began <= max(17e-3, deadline_ms / 1e3)
+    assert stages[0] == stages[1] == 0  # the first stage always runs
+    assert all(earlier <= later for earlier, later in pairwise(stages))
+    assert stages[-1] == 2
+    assert out.trace.kept.all()  # enough time for everything
+
+
+def test_too_little_time_for_everything_takes_a_cheaper_point_of_the_table(tmp_path):
+    engine = Pretender(lambda stage, images, tokens: 1e-3 * images * tokens)
+    session = make_session(tmp_path, engine)
+    session(make_images(0.3))
+    out = session(make_images(0.3), deadline_ms=45.0)
+    assert out.trace.exit_stage.tolist() == [2]
+    assert out.trace.kept[1].sum() < 16
+
+
+# ---- what it takes and refuses
+
+
+def test_photos_are_preprocessed_and_arrays_are_taken_as_they_are(tmp_path):
+    session = make_session(tmp_path, Pretender())
+    grey = Image.new("RGB", (20, 16), (255, 255, 255))
+    path = tmp_path / "photo.png"
+    grey.save(path)
+    expected = session(make_images(1.0), thresholds=1.0)
+    for images in (grey, str(path), path.read_bytes(), [grey], np.full((16, 16, 3), 255, np.uint8)):
+        out = session(images, thresholds=1.0)
+        assert (out.trace.kept == expected.trace.kept).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "sentence"),
+    [
+        (make_images(0.0)[:, :1], {}, r"images are float32 \(1, 1, 16, 16\); this bundle takes"),
+        (make_images(0.0)[:0], {}, "B 1 or more"),
+        (make_images(np.nan), {}, "NaN"),
+        (make_images(0.0), {"budget": 0.5, "thresholds": 1.0}, "not both"),
+        (make_images(0.0), {"budget": 0.1}, "cheapest"),
+        (make_images(0.0), {"budget": 1.5}, r"\(0, 1\]"),
+        (make_images(0.0), {"budget": np.array([0.5, 0.5])}, "does not fit 1 images"),
+        (make_images(0.0), {"thresholds": -1.0}, "0 or more"),
+        (make_images(0.0), {"thresholds": (1.0, 1.0, 1.0)}, "2 transitions"),
+        (make_images(0.0), {"deadline_ms": 0.0}, "above 0"),
+        (make_images(0.0), {"deadline_ms": float("nan")}, "above 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path, images, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_session(tmp_path, Pretender())(images, **options)
+
+
+def test_without_operating_points_a_budget_names_the_command(tmp_path):
+    session = make_session(tmp_path, Pretender(), points=None)
+    with pytest.raises(ValueError, match="iret calibrate"):
+        session(make_images(0.0), 0.5)
+    assert session(make_images(0.0)).trace.kept.all()
+
+
+def test_a_single_graph_refuses_what_needs_a_host_between_stages(tmp_path):
+    session = make_session(tmp_path, Pretender(), is_single=True)
+    for options in ({"deadline_ms": 5.0}, {"exit_confidence": 0.9}, {"rule": "topk", "thresholds": 0.5}):
+        with pytest.raises(ValueError, match="without --single-graph"):
+            session(make_images(0.0), **options)
+
+
+# ---- bundles
+
+
+def test_a_bundle_is_read_as_it_was_written(tmp_path):
+    make_session(tmp_path, Pretender())
+    bundle = Bundle.read(tmp_path)
+    assert bundle.points == POINTS
+    assert bundle.shape == SHAPE
+    assert Bundle.read(tmp_path) == replace(bundle)
+    assert bundle.to_json() == (tmp_path / FILE_NAME).read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"{", "not valid JSON"),
+        (b"[]", "not a bundle of format 1"),
+        (b'{"format": 2}', "not a bundle of format 1"),
+        (b'{"format": 1}', "not a bundle's description"),
+    ],
+)
+def test_a_damaged_description_is_refused(tmp_path, content, sentence):
+    (tmp_path / FILE_NAME).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        Session(tmp_path)
+
+
+def test_a_folder_without_a_bundle_names_the_command(tmp_path):
+    with pytest.raises(ValueError, match="iret export MODEL"):
+        Session(tmp_path)
+
+
+def test_a_file_that_was_changed_or_lost_is_refused(tmp_path):
+    graph = tmp_path / "stage_0"
+    graph.write_bytes(b"weights")
+    sums = {"stage_0": checksum(graph)}
+    make_session(tmp_path, Pretender(), checksums=sums)
+    graph.write_bytes(b"weightz")
+    with pytest.raises(ValueError, match="damaged or was changed"):
+        make_session(tmp_path, Pretender(), checksums=sums)
+    graph.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        make_session(tmp_path, Pretender(), checksums=sums)
+    with pytest.raises(ValueError, match="is missing"):
+        make_session(tmp_path, Pretender(), checksums={"../stage_0": "0"})
+
+
+def test_an_engine_that_cannot_is_refused(tmp_path):
+    make_session(tmp_path, Pretender())
+    with pytest.raises(ValueError, match="choose from onnxruntime, openvino"):
+        Session(tmp_path, "executorch")
