@@ -45,7 +45,7 @@ check: $(VENV)/.installed-dev
 # The hook that executes the shapes in the signatures breaks compilation and export, hence a second pass without it.
 test: $(VENV)/.installed-dev
 	$(PYTEST) $(WORKERS) $(HOOK) -m "not graph and not soak" $(TEST_FLAGS)
-	$(PYTEST) -m "graph and not soak" $(TEST_FLAGS)
+	$(PYTEST) $(WORKERS) -m "graph and not soak" $(TEST_FLAGS)
 
 # Tests write their raw samples into $$IRET_SOAK_OUT. Paths of this machine are taken out of the log before it is kept.
 soak: $(VENV)/.installed-dev

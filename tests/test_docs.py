@@ -1,12 +1,16 @@
 """What the documents show runs: README's Python, every recipe, every script, every path in README's tree."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import iret
+from iret.cli import main
 from iret.presets import PRESETS
 from iret.train.recipe import RECIPES, find_recipe
 
@@ -14,12 +18,36 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
 def test_the_python_of_the_readme_runs(monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    blocks = [block for block in PYTHON_BLOCKS if "Session" not in block]
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.graph
+def test_the_readme_s_bundle_is_written_and_its_python_runs(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = next(line for line in README.splitlines() if line.startswith("iret export"))
+    assert main(command.split("#")[0].split()[1:]) == 0
+    shutil.copy(ROOT / "src/iret/photos/chelsea.jpg", "photo.jpg")
+    (block,) = (block for block in PYTHON_BLOCKS if "Session" in block)
+    found: dict = {}
+    exec(compile(block, "README.md", "exec"), found)
+    # what the model itself says of the photo
+    model = iret.load("iret_pico-cifar10")
+    setting = model.setting(0.5)
+    with torch.no_grad():
+        expected = model.run(model.preprocess("photo.jpg"), setting.thresholds, setting.exit_confidence)
+    assert (found["out"].trace.kept == expected.trace.kept.numpy()).all()
+    assert abs(found["out"].logits - expected.logits.numpy()).max() < 1e-4
+    weights = (ROOT / "src/iret/checkpoints/iret_pico-cifar10/model.safetensors").stat().st_size
+    graphs = sum(path.stat().st_size for path in Path("pico-onnx").glob("*.onnx"))
+    assert graphs < 1.05 * weights
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from iret.output import Output, Trace
     from iret.runtime.cost import Shape
     from iret.runtime.points import OperatingPoints
+    from iret.runtime.session import Session
     from iret.zoo import create_model, list_models, load
 
 _HOMES = {
@@ -21,12 +22,24 @@ _HOMES = {
     "Trace": "iret.output",
     "Shape": "iret.runtime.cost",
     "OperatingPoints": "iret.runtime.points",
+    "Session": "iret.runtime.session",
     "create_model": "iret.zoo",
     "list_models": "iret.zoo",
     "load": "iret.zoo",
 }
 
-__all__ = ["Iret", "OperatingPoints", "Output", "Shape", "Trace", "__version__", "create_model", "list_models", "load"]
+__all__ = [
+    "Iret",
+    "OperatingPoints",
+    "Output",
+    "Session",
+    "Shape",
+    "Trace",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,7 +1,7 @@
 """Attention, Mlp, Block and the plain VisionTransformer they make. Hosts any attention function; contains none.
 
 Parameters carry timm's names, so a timm ViT's weights load unmapped and give the same logits. A Block works on packed
-tokens ([T, D] with their `Tokens`) and on a dense batch ([B, N, D] with `Dense` or None), which is the form that is exported.
+tokens ([T, D] with their `Tokens`, or with `Dense` when it is exported) and on a dense batch ([B, N, D], `tokens` None).
 
 Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", pre-norm as in timm's `vision_transformer`.
 """
@@ -75,10 +75,9 @@ class DropPath(nn.Module):
     ) -> Float[Tensor, "*tokens D"]:
         if not self.training or self.rate == 0:
             return x
-        is_packed = isinstance(tokens, Tokens)
-        batch = tokens.batch_size if is_packed else x.shape[0]
+        batch = tokens.batch_size if isinstance(tokens, Tokens) else x.shape[0]
         scale = x.new_empty(batch, 1).bernoulli_(1 - self.rate) / (1 - self.rate)
-        return x * (scale[tokens.image_T()] if is_packed else scale[:, None])
+        return x * (scale[tokens.image_T()] if isinstance(tokens, Tokens) else scale[:, None])
 
 
 class Block(nn.Module):

@@ -60,9 +60,11 @@ class StageGraph(nn.Module):
 
     def through(self, x: Float[Tensor, "B N D"], bias: Float[Tensor, "B N"] | None) -> tuple[Tensor, ...]:
         """Tokens, received [B, N] (0 at class tokens) and logits; of the last stage the logits alone."""
-        x, received = self.stage.through(x, Dense(bias), is_scored=not self.is_last)
+        batch = x.shape[0]
+        x, received = self.stage.through(x.flatten(0, 1), Dense(batch, bias), is_scored=not self.is_last)
+        x = x.unflatten(0, (batch, -1))
         logits = self.stage.head(self.stage.norm(x[:, 0]))
-        return (logits,) if received is None else (x, received, logits)
+        return (logits,) if received is None else (x, received.unflatten(0, (batch, -1)), logits)
 
 
 class FirstStage(StageGraph):
@@ -82,7 +84,7 @@ class FirstStage(StageGraph):
         (rows, columns), side = self.grid, self.patch_size
         grid = images.unflatten(3, (columns, side)).unflatten(2, (rows, side))
         patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        x = self.patch_embed(self.coarse(patches)).unflatten(0, (-1, rows * columns))
+        x = self.patch_embed(self.coarse(patches)).unflatten(0, (images.shape[0], -1))
         return torch.cat([self.class_token.expand(images.shape[0], -1, -1), x + self.positions], dim=1), patches
 
     def forward(self, images: Float[Tensor, "B C Y X"]) -> tuple[Tensor, ...]:
@@ -104,7 +106,7 @@ class LaterStage(StageGraph):
         own: Any = self.transition
         extra = own.detail_embed(own.detail_norm(self.details(pixels)))
         place = own.pos_embed[0].index_select(0, cell.flatten() + 1) + extra.index_select(0, source.flatten())
-        return own.widen(own.norm(x)) + place.unflatten(0, cell.shape)
+        return (own.widen(own.norm(x.flatten(0, 1))) + place).unflatten(0, (cell.shape[0], -1))
 
     def forward(
         self,

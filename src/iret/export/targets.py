@@ -34,6 +34,10 @@ def write_onnx(
             module, inputs, dynamo=True, dynamic_shapes=axes, opset_version=OPSET, verbose=False
         )
         assert program is not None
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # where in the source each node came from: a fifth of a small file, and paths
+            for value in node.outputs:
+                value.metadata_props.clear()
         program.save(str(path), external_data=False)
         if calls:
             quantize_onnx(path, calls)

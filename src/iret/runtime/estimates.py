@@ -14,7 +14,7 @@ DEMAND_IMAGES, COST_IMAGES = 3, 10
 SMOOTHING = {"joules": 0.01, "ms": 0.05}  # weight of one image in measured / predicted; the gauge corrects joules too
 FACTORS = 0.25, 4.0  # believable measured / predicted
 SETTLE_IMAGES = 16  # a gauge above the reckoning, or far steeper than it, is believed after falling so for so long
-BLUR = 0.25  # a gauge tells what images take once they took so many times what one reading more or less makes out
+BLUR = 0.5  # a gauge tells what images take once one reading more or less makes so small a part of it
 STUCK_SHARE = 0.03  # a gauge that stands while this share of the battery is used is called stuck
 HEAT_MARGIN_K = 5.0  # below the cap the cost is taken back in proportion
 HEAT_RECOVERY = 0.2  # share of the margin it has to cool before it may cost more again
@@ -108,13 +108,11 @@ class Battery:
     def __init__(self, full_joules: float | None) -> None:
         self.left = self._full = full_joules
         self.is_confirmed = False  # the gauge has told what images take, or ...
-        self.is_overruled = False  # ... even that table and meter are so wrong that it alone is believed
+        self.has_overruled = False  # ... even that table and meter are so far off that it alone is believed
         self._highest, self._last = 0.0, math.inf
         self._mark: float | None = None  # a reading; since then, reckoned:
         self._used, self._idle, self._blur, self._images = 0.0, 0.0, 0.0, 0
-        self._steep: list[
-            tuple[float, float, float, int]
-        ] = []  # falls in a row: over the reckoning, J, reckoned J, images
+        self._steep: list[tuple[float, float, float, int]] = []  # falls in a row: J over reckoned J, both, images
 
     def spend(self, used: float, images: int, idle: float = 0.0) -> None:
         """Joules reckoned for so many images, and for the idle device meanwhile."""
@@ -147,7 +145,7 @@ class Battery:
             self._restart(gauge)
             return self._overrule()
         elif moves and images >= SETTLE_IMAGES and taken <= most:
-            if self.is_overruled or fall >= FACTORS[0] * (used + self._idle):
+            if self.has_overruled or fall >= FACTORS[0] * (used + self._idle):
                 self._steep, self.left = [], gauge
                 if self._blur <= BLUR * used:
                     self._restart(gauge)
@@ -176,7 +174,7 @@ class Battery:
         _, taken, used, images = zip((0.0, 0.0, 0.0, 0), *sorted(self._steep[1:])[:-1], strict=True)
         if sum(images) < SETTLE_IMAGES:
             return None
-        self._steep, self.is_confirmed, self.is_overruled = [], True, True
+        self._steep, self.is_confirmed, self.has_overruled = [], True, True
         return sum(taken) / sum(used), sum(images)
 
 

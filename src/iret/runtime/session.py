@@ -25,7 +25,7 @@ from iret.runtime.keep import read_exits, read_strengths
 from iret.runtime.points import OperatingPoints, Point, Setting, keep_all
 from iret.runtime.preprocess import Source
 from iret.runtime.record import Record
-from iret.runtime.stage import Stage
+from iret.runtime.stage import Patches, Stage
 
 FORGETTING = 0.9  # of what earlier calls took
 
@@ -213,7 +213,7 @@ class Session:
         shape, batch = self.shape, len(images)
         num_stages, num_cells = len(shape.depths), shape.num_patches
         layout, drops = Layout.whole(batch, num_cells), bool(strengths.any())
-        record = Record(shape, batch)
+        record, patches = Record(shape, batch), Patches(images, shape)
         stage_logits = np.full((num_stages, batch, shape.num_classes), np.nan, np.float32)
         importance = np.full((num_stages - 1, batch, num_cells), np.nan)
         refined_T: np.ndarray | None = None
@@ -223,7 +223,7 @@ class Session:
             began = self._clock()
             if index and began + self._paces[index].predict(macs) > until:
                 break
-            x_TD, received_T, logits = stage.run(images, x_TD, layout, refined_T)
+            x_TD, received_T, logits = stage.run(patches, x_TD, layout, refined_T)
             took = self._clock() - began
             self._engine_s += stage.engine_s
             self._paces[index].learn(macs, took)
@@ -240,8 +240,8 @@ class Session:
                     x_TD, received_T = x_TD[rows], received_T[rows]
             if drops:
                 importance_T = to_importance(received_T, layout)
-                patches = layout.cell_T >= 0
-                importance[index, layout.image_T()[patches], layout.cell_T[patches]] = importance_T[patches]
+                is_patch = layout.cell_T >= 0
+                importance[index, layout.image_T()[is_patch], layout.cell_T[is_patch]] = importance_T[is_patch]
                 choice = choose(importance_T, layout, strengths[layout.images, index], rule, shape.min_keep)
                 x_TD, layout, refined_T = _cut(x_TD, layout, choice)
         return record, stage_logits, importance.reshape(num_stages - 1, batch, *shape.grid)

@@ -11,12 +11,13 @@ import numpy as np
 
 from iret.runtime.bundle import Bundle, GraphFile
 from iret.runtime.choice import Layout, to_starts
-from iret.runtime.cost import numbers_moved, stage_macs
+from iret.runtime.cost import Shape, numbers_moved, stage_macs
 from iret.runtime.engines import Graph
 
 MASKED = -1e9  # of a padded key: its weight is exactly 0, and no engine makes NaN of it
 # What a call costs beside its MACs: its weights are read from memory, which takes as long as this many MACs each.
 MACS_A_WEIGHT = 8
+_NOTHING = np.empty(0, np.float32)
 
 
 class Stage:
@@ -36,18 +37,18 @@ class Stage:
         return outputs
 
     def run(
-        self, images: np.ndarray, x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
+        self, patches: "Patches", x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens and received attention, packed, and logits, an image a row. `refined_T` None: every patch with a token."""
         self.engine_s = 0.0
         groups = self._groups(layout.counts)
-        found = [self._run_group(group, images, x_TD, layout, refined_T) for group in groups]
+        found = [self._run_group(group, patches, x_TD, layout, refined_T) for group in groups]
         if len(found) == 1:
             return found[0]
         back = np.argsort(np.concatenate(groups))
         x, received, logits = zip(*found, strict=True)
         if self._index == len(self._shape.depths) - 1:
-            return np.empty(0), np.empty(0), np.concatenate(logits)[back]
+            return _NOTHING, _NOTHING, np.concatenate(logits)[back]
         # packed group after group; back into the order of the images
         counts = layout.counts[np.concatenate(groups)]
         pieces = np.split(np.arange(counts.sum()), to_starts(counts)[1:-1])
@@ -55,43 +56,36 @@ class Stage:
         return np.concatenate(x)[rows], np.concatenate(received)[rows], np.concatenate(logits)[back]
 
     def _run_group(
-        self, group: np.ndarray, images: np.ndarray, x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
+        self, group: np.ndarray, patches: "Patches", x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One call for the images at these places of `layout`."""
         if not self._index:
-            outputs = self.call([images[layout.images[group]]], 1 + self._shape.num_patches)
-            if len(outputs) == 1:  # a model of one stage
-                return np.empty(0), np.empty(0), outputs[0]
-            x, received, logits = outputs
-            return x.reshape(-1, x.shape[-1]), received.ravel(), logits
+            return _unpack(self.call([patches.images[layout.images[group]]], 1 + self._shape.num_patches), None)
         counts = layout.counts[group]
         width = self._width(int(counts.max()))
-        offsets = np.arange(width)
-        is_live = offsets < counts[:, None]
-        places = np.where(is_live, layout.starts[group][:, None] + offsets, layout.starts[group][:, None])
-        cell = layout.cell_T[places]
-        is_read = is_live & (cell >= 0)
-        if refined_T is not None:
-            is_read &= refined_T[places]
-        pixels = self._pixels(images, layout.images[group], cell, is_read)
-        source = is_read.ravel().cumsum().reshape(is_read.shape) * is_read
-        bias = np.where(is_live, np.float32(0), np.float32(MASKED))
-        outputs = self.call([x_TD[places], cell, pixels, source, bias], width)
-        if len(outputs) == 1:
-            return np.empty(0), np.empty(0), outputs[0]
-        x, received, logits = outputs
-        return x[is_live], received[is_live], logits
-
-    def _pixels(self, images: np.ndarray, owners: np.ndarray, cell: np.ndarray, is_read: np.ndarray) -> np.ndarray:
-        """float32 [1 + R, C, P, P]: zeros, then the patches that are looked at again, image after image."""
-        (rows, columns), side, channels = self._shape.grid, self._shape.patch_size, self._shape.in_chans
+        cell_T, is_live = layout.cell_T, None
+        is_read_T = cell_T >= 0 if refined_T is None else refined_T
+        form = (len(group), width)
+        if len(group) == len(layout.images) and len(cell_T) == len(group) * width:  # all images, as they are packed
+            x, cell, is_read = x_TD.reshape(*form, -1), cell_T.reshape(form), is_read_T.reshape(form)
+            bias = np.zeros(form, np.float32)
+        else:
+            offsets = np.arange(width)
+            is_live = offsets < counts[:, None]
+            places = layout.starts[group][:, None] + offsets * is_live
+            x, cell, is_read = x_TD[places], cell_T[places], is_read_T[places] & is_live
+            bias = np.where(is_live, np.float32(0), np.float32(MASKED))
         image, token = is_read.nonzero()
-        row, column = np.divmod(cell[image, token], columns)
-        grid = images.reshape(len(images), channels, rows, side, columns, side)
-        room = len(image) + 1 if self._graphs[0][0].tokens is None else is_read.size
-        pixels = np.zeros((room, channels, side, side), np.float32)
-        pixels[1 : len(image) + 1] = grid[owners[image], :, row, :, column]
-        return pixels
+        index = layout.images[group][image] * self._shape.num_patches + cell[image, token]
+        pixels = patches.read(index, is_read.size if self._is_fixed else len(index) + 1)
+        source = np.zeros(form, np.int64)
+        source[image, token] = np.arange(1, len(index) + 1)
+        return _unpack(self.call([x, cell, pixels, source, bias], width), is_live)
+
+    @property
+    def _is_fixed(self) -> bool:
+        """Whether every graph takes one count of tokens alone."""
+        return self._graphs[0][0].tokens is not None
 
     def _width(self, most: int) -> int:
         """Tokens an image that a graph exists for, the fewest that fit `most`."""
@@ -108,6 +102,38 @@ class Stage:
         widths = np.array([self._width(int(count)) for count in counts])
         image = stage_macs(self._shape, self._index, widths - 1, widths - 1, scored=True)
         return group_by_count(widths, np.asarray(image), float(MACS_A_WEIGHT * weights), limit)
+
+
+class Patches:
+    """A batch of images, and their patches, cut out when the first of them is looked at again."""
+
+    def __init__(self, images: np.ndarray, shape: Shape) -> None:
+        self.images, self._shape = images, shape
+        self._rows: np.ndarray | None = None  # zeros, then the patches, image after image
+
+    def read(self, index: np.ndarray, room: int) -> np.ndarray:
+        """float32 [`room`, C, P, P]: zeros, the patches at `index` (image * cells + cell, rising), zeros again."""
+        (rows, columns), side = self._shape.grid, self._shape.patch_size
+        batch, channels = self.images.shape[:2]
+        if self._rows is None:
+            self._rows = np.zeros((1 + batch * rows * columns, channels, side, side), np.float32)
+            grid = self.images.reshape(batch, channels, rows, side, columns, side).transpose(0, 2, 4, 1, 3, 5)
+            self._rows[1:].reshape(grid.shape)[:] = grid
+        if room == len(index) + 1 == len(self._rows):
+            return self._rows
+        pixels = np.zeros((room, *self._rows.shape[1:]), np.float32)
+        self._rows.take(index + 1, axis=0, out=pixels[1 : len(index) + 1], mode="clip")  # other modes copy once more
+        return pixels
+
+
+def _unpack(outputs: list[np.ndarray], is_live: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens and received attention of the places that hold a token (None: all do), and logits, as a graph gave them."""
+    if len(outputs) == 1:  # the last stage
+        return _NOTHING, _NOTHING, outputs[0]
+    x, received, logits = outputs
+    if is_live is None:
+        return x.reshape(-1, x.shape[-1]), received.ravel(), logits
+    return x[is_live], received[is_live], logits
 
 
 def group_by_count(counts: np.ndarray, cost: np.ndarray, call_cost: float, limit: int) -> list[np.ndarray]:

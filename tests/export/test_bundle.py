@@ -1,0 +1,189 @@
+"""Bundles as engines run them: written, checked, loaded without torch; and what is refused or leaves nothing behind.
+
+Tracing a model takes seconds, so the models here are tiny; `.ci/run` exports a shipped one for every engine.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import iret
+from iret.export import bundle as exporting
+from iret.export.bundle import export
+from iret.model import Iret
+from iret.runtime.bundle import FILE_NAME, Bundle
+from iret.runtime.cost import Shape
+from iret.runtime.session import Session
+
+pytestmark = pytest.mark.graph  # the hook that checks shapes in signatures cannot be traced
+
+SOURCE = str(Path(iret.__file__).parents[1])
+
+
+def make_model(**options) -> Iret:
+    """12 patches of 8 x 8, two stages, 5 classes; attention far from uniform."""
+    settings = dict(img_size=(24, 32), patch_size=8, in_chans=3, num_classes=5, embed_dims=(16, 32), head_dim=16)
+    torch.manual_seed(0)
+    model = Iret(Shape(**{**settings, "depths": (1, 1), **options})).eval()
+    model.labels = ("a", "b", "c", "d", "e")
+    for name, parameter in model.named_parameters():
+        if name.endswith("qkv.weight") or "head" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+        elif parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    return model
+
+
+def make_images(batch: int = 8) -> torch.Tensor:
+    return torch.randn(batch, 3, 24, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "executorch"])
+def test_an_engine_keeps_the_model_s_patches_and_gives_its_answers(tmp_path, kind):
+    model = make_model()
+    bundle, parity = export(model, tmp_path / "bundle", kind)
+    assert (parity.split, parity.problem) == (0, None)
+    assert parity.compared == 4 * 2 * 8  # thresholds, batch sizes, images
+    assert 0 < parity.logit_error < 1e-4
+    assert Bundle.read(tmp_path / "bundle") == bundle
+    assert bundle.check["compared"] == 64
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+
+
+def test_every_engine_of_a_kind_runs_it(tmp_path):
+    model = make_model()
+    export(model, tmp_path / "bundle")
+    assert exporting.check(model, tmp_path / "bundle", engine="openvino").problem is None
+
+
+@pytest.mark.parametrize("options", [{"single_graph": True}, {"buckets": (6, 9)}], ids=str)
+def test_the_other_forms_answer_the_same(tmp_path, options):
+    bundle, parity = export(make_model(), tmp_path / "bundle", **options)
+    assert (parity.split, parity.problem) == (0, None)
+    assert len(bundle.stages[-1]) == (3 if "buckets" in options else 1)
+
+
+def test_int8_is_smaller_and_says_how_often_it_agrees(tmp_path):
+    model = make_model(embed_dims=(64, 128), head_dim=32)
+    float32, _ = export(model, tmp_path / "float32")
+    int8, parity = export(model, tmp_path / "int8", int8=True, images=make_images())
+    sizes = [
+        sum((tmp_path / name / file).stat().st_size for file in bundle.checksums)
+        for name, bundle in (("float32", float32), ("int8", int8))
+    ]
+    assert sizes[1] < 0.5 * sizes[0]
+    assert int8.precision == "int8"
+    assert parity.compared == 64
+    assert parity.agree > 50
+
+
+def test_a_session_needs_no_torch(tmp_path):
+    model = make_model()
+    export(model, tmp_path / "bundle")
+    images = make_images(3)
+    np.save(tmp_path / "images.npy", images.numpy())
+    code = f"""
+import sys
+sys.path.insert(0, {SOURCE!r})
+sys.modules["torch"] = None  # as if it were not installed
+import numpy as np
+import iret
+out = iret.Session({str(tmp_path / "bundle")!r}, threads=1)(np.load({str(tmp_path / "images.npy")!r}), thresholds=1.0)
+np.save({str(tmp_path / "logits.npy")!r}, out.logits)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with torch.no_grad():
+        expected = model.run(images, 1.0).logits
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=0, atol=1e-4)
+
+
+# ---- what is refused, and what a failure leaves
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"kind": "coreml"}, "choose from onnx, openvino, executorch"),
+        ({"kind": "executorch", "single_graph": True}, "leave out --single-graph"),
+        ({"single_graph": True, "buckets": (8,)}, "not both"),
+        ({"buckets": (3,)}, r"outside \[4, 12\]"),
+        ({"buckets": (13,)}, r"outside \[4, 12\]"),
+        ({"int8": True}, "give --data"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_before_anything_is_written(tmp_path, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        export(make_model(), tmp_path / "bundle", **options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years")
+    with pytest.raises(ValueError, match="not a bundle"):
+        export(make_model(), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years"
+
+
+def test_a_model_without_classes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no classes"):
+        export(make_model(num_classes=0), tmp_path / "bundle")
+
+
+def write_nonsense(module, inputs, axes, path, calls=None) -> None:
+    """A graph of other weights than the model's."""
+    changed = make_model()
+    with torch.no_grad():
+        changed.stages[-1].head.bias += 1
+    graph = exporting.LaterStage(changed, 1) if len(inputs) > 1 else module
+    exporting_onnx(graph, inputs, axes, path, calls)
+
+
+exporting_onnx = exporting.WRITERS["onnx"][1]
+
+
+def test_a_bundle_that_differs_is_not_kept_and_an_older_one_stays(tmp_path, monkeypatch):
+    export(make_model(), tmp_path / "bundle")
+    before = (tmp_path / "bundle" / FILE_NAME).read_bytes()
+    monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", write_nonsense))
+    with pytest.raises(ValueError, match="logits differ by 1.0e.00"):
+        export(make_model(), tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert (tmp_path / "bundle" / FILE_NAME).read_bytes() == before
+
+
+def test_an_older_bundle_is_replaced_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "check", lambda *args: exporting.Parity())
+    monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
+    export(make_model(), tmp_path / "bundle", buckets=(6,))
+    export(make_model(), tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    names = sorted(path.name for path in (tmp_path / "bundle").iterdir())
+    assert names == [FILE_NAME, "labels.txt", "stage_0.onnx", "stage_1.onnx"]
+
+
+def test_a_graph_that_the_engine_cannot_load_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "check", lambda *args: exporting.Parity())
+    monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
+    export(make_model(), tmp_path / "bundle")
+    for engine in ("onnxruntime", "openvino"):
+        with pytest.raises(ValueError, match="cannot load"):
+            Session(tmp_path / "bundle", engine)
+
+
+def test_bundle_json_holds_what_a_device_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "check", lambda *args: replace(exporting.Parity(), compared=1))
+    monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
+    export(make_model(), tmp_path / "bundle")
+    raw = json.loads((tmp_path / "bundle" / FILE_NAME).read_text())
+    assert raw["labels"] == ["a", "b", "c", "d", "e"]
+    assert raw["preprocess"]["img_size"] == [24, 32]
+    assert raw["shape"]["patch_size"] == 8
+    assert raw["versions"]["torch"] == torch.__version__.split("+")[0] or raw["versions"]["torch"] == torch.__version__
+    assert set(raw["checksums"]) == {"labels.txt", "stage_0.onnx", "stage_1.onnx"}
+    assert raw["check"]["compared"] == 1

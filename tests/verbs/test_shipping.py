@@ -1,0 +1,73 @@
+"""`iret export` as a user types it: what it says, what it refuses, and that the options arrive."""
+
+import json
+
+import pytest
+
+from iret.cli import main
+from iret.export import bundle as exporting
+from iret.export.parity import Parity
+
+
+@pytest.fixture
+def exported(monkeypatch):
+    """What `export` was asked for; it writes nothing."""
+    asked = {}
+
+    def export(model, out, kind, **options):
+        asked.update(options, name=model.name, out=out, kind=kind)
+        out.mkdir()
+        (out / "stage_0").write_bytes(b"12345")
+        bundle = type("Bundle", (), {"checksums": {"stage_0": ""}, "kind": kind})
+        return bundle, Parity(compared=4, agree=4)
+
+    monkeypatch.setattr(exporting, "export", export)
+    return asked
+
+
+def test_options_arrive(exported, tmp_path, capsys):
+    out = tmp_path / "bundle"
+    words = ["export", "iret_pico-cifar10", "--format", "openvino", "--out", str(out), "--buckets", "16,32"]
+    assert main(words) == 0
+    assert (exported["name"], exported["kind"], exported["out"]) == ("iret_pico", "openvino", out)
+    assert (exported["buckets"], exported["int8"], exported["single_graph"]) == ((16, 32), False, False)
+    assert exported["images"] is None
+    said = capsys.readouterr().err
+    assert "4 comparisons: same answer 4" in said
+    assert "runs on openvino" in said
+
+
+def test_data_are_held_out_images_as_the_model_takes_them(exported, tmp_path, capsys):
+    words = ["export", "iret_nano-cluttered-digits", "--out", str(tmp_path / "bundle"), "--int8", "--json"]
+    assert main([*words, "--data", "cluttered-digits", "--max-images", "6"]) == 0
+    assert exported["images"].shape == (6, 3, 64, 64)
+    assert exported["images"].min() < 0 < exported["images"].max()  # normalised
+    assert exported["int8"]
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["bytes"] == 5
+    assert answer["check"]["compared"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--buckets", "3"], "bucket 3 is outside [4, 64]"),
+        (["--format", "executorch", "--single-graph"], "leave out --single-graph"),
+        (["--int8"], "give --data"),
+        (["--max-images", "0"], "must be 1 or more"),
+        (["--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(tmp_path, capsys, words, sentence):
+    assert main(["export", "iret_pico-cifar10", "--out", str(tmp_path / "bundle"), *words]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("words", [["--buckets", "8,x"], ["--format", "coreml"]])
+def test_words_that_are_none_are_refused_by_the_parser(tmp_path, words):
+    with pytest.raises(SystemExit) as refusal:
+        main(["export", "iret_pico-cifar10", "--out", str(tmp_path / "bundle"), *words])
+    assert refusal.value.code == 2
