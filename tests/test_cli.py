@@ -18,7 +18,7 @@ from iret.runtime.points import DeviceTable, OperatingPoints, Point
 from iret.train import recipe as recipes
 from iret.verbs import console
 
-VERBS = ["predict", "train", "eval", "calibrate", "bench", "simulate", "card", "demo", "list", "doctor"]
+VERBS = ["predict", "train", "eval", "calibrate", "bench", "simulate", "export", "card", "demo", "list", "doctor"]
 
 
 def make_model(folder: Path, has_points: bool = True) -> Iret:

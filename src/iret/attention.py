@@ -39,14 +39,11 @@ UNSPLIT = {"num_splits": 1} if _varlen_attn and "num_splits" in inspect.signatur
 class Dense:
     """In place of `Tokens` where every image has as many places, class token first: the form that is exported.
 
-    Tokens stay packed, [B N, D], because engines multiply a matrix faster than a stack of them.
+    Between attention the tokens are packed, [B N, D], because engines multiply a matrix faster than a stack of them.
     """
 
     batch_size: int
     bias_BN: Float[Tensor, "B N"] | None  # added to the logits of each key: 0, or -inf for a place that only pads
-
-    def unpack(self, x: Float[Tensor, "T H E"]) -> Float[Tensor, "B N H E"]:
-        return x.unflatten(0, (self.batch_size, -1))
 
 
 def attend(
@@ -55,16 +52,13 @@ def attend(
     v: Float[Tensor, "*tokens H E"],
     tokens: Tokens | Dense | None = None,
 ) -> Float[Tensor, "*tokens H E"]:
-    """Softmax attention within each image, for packed [T, H, E] with `tokens`, or dense [B, N, H, E] without."""
+    """Softmax attention within each image, for packed [T, H, E] with their `Tokens`, or dense [B, N, H, E]."""
     if tokens is None:
         return _fused(q, k, v, None)
     if isinstance(tokens, Dense):
-        bias = None if tokens.bias_BN is None else tokens.bias_BN[:, None, None]
-        q, k, v = (tokens.unpack(x) for x in (q, k, v))
-        out = _fused(q, k, v, bias)
-        return out.clone(memory_format=torch.contiguous_format).flatten(
-            0, 1
-        )  # kernels differ in how they lay out theirs
+        out = _fused(q, k, v, None if tokens.bias_BN is None else tokens.bias_BN[:, None, None])
+        # kernels lay out theirs differently, and a graph must not depend on which one traced it
+        return out.clone(memory_format=torch.contiguous_format)
     bias_T = None if tokens.size_T is None else tokens.size_T.log().to(q.dtype)
     if tokens.is_even:
         q, k, v = (x.unflatten(0, (tokens.batch_size, -1)) for x in (q, k, v))
@@ -187,31 +181,33 @@ _attend_op.register_autograd(_backward, setup_context=_setup_context)
 # ---- importance
 
 
-def class_row(q: Float[Tensor, "T H E"], k: Float[Tensor, "T H E"], tokens: Tokens | Dense) -> Float[Tensor, " T"]:
+def class_row(
+    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens | Dense
+) -> Float[Tensor, "*tokens"]:
     """Attention of each image's class token over its patches: mean over heads, sums to 1 an image, 0 at class tokens."""
     if isinstance(tokens, Dense):
-        q_BQHE, k_BNHE = tokens.unpack(q)[:, :1] * q.shape[-1] ** -0.5, tokens.unpack(k)[:, 1:]
-        logits_BHQN = q_BQHE.transpose(1, 2) @ k_BNHE.permute(0, 2, 3, 1)
+        logits_BHQN = (q[:, :1] * q.shape[-1] ** -0.5).transpose(1, 2) @ k[:, 1:].permute(0, 2, 3, 1)
         if tokens.bias_BN is not None:
             logits_BHQN = logits_BHQN + tokens.bias_BN[:, None, None, 1:]
-        return F.pad(logits_BHQN.softmax(-1).mean((1, 2)), (1, 0)).flatten()
+        return F.pad(logits_BHQN.softmax(-1).mean((1, 2)), (1, 0))
     if tokens.batch_size == 1 and tokens.size_T is None:  # the same in fewer steps, each of which costs at batch 1
         logits_HQN = torch.bmm((q[0] * q.shape[-1] ** -0.5).unsqueeze(1), k[1:].permute(1, 2, 0))
         return F.pad(logits_HQN.softmax(-1, dtype=torch.float32).mean((0, 1)), (1, 0))
     return _over_patches(q[tokens.starts[:-1]].unsqueeze(1), k, tokens)
 
 
-def column_mean(q: Float[Tensor, "T H E"], k: Float[Tensor, "T H E"], tokens: Tokens | Dense) -> Float[Tensor, " T"]:
+def column_mean(
+    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens | Dense
+) -> Float[Tensor, "*tokens"]:
     """Attention over an image's patches from all its tokens: mean over heads and queries, normalised as `class_row`."""
     if isinstance(tokens, Dense):
-        q_BNHE, k_BNHE = tokens.unpack(q) * q.shape[-1] ** -0.5, tokens.unpack(k)[:, 1:]
-        logits_BHQN = q_BNHE.transpose(1, 2) @ k_BNHE.permute(0, 2, 3, 1)
+        logits_BHQN = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k[:, 1:].permute(0, 2, 3, 1)
         if tokens.bias_BN is None:
-            return F.pad(logits_BHQN.softmax(-1).mean((1, 2)), (1, 0)).flatten()
+            return F.pad(logits_BHQN.softmax(-1).mean((1, 2)), (1, 0))
         alive_BQ = tokens.bias_BN.exp()
         weights_BQN = (logits_BHQN + tokens.bias_BN[:, None, None, 1:]).softmax(-1).mean(1)
         weights_BN = (weights_BQN * alive_BQ[..., None]).sum(1) / alive_BQ.sum(1, keepdim=True)
-        return F.pad(weights_BN, (1, 0)).flatten()
+        return F.pad(weights_BN, (1, 0))
     index, is_live = _places(tokens)
     if tokens.size_T is not None:
         is_live = is_live & (tokens.size_T > 0)[index]

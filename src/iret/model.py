@@ -74,8 +74,8 @@ class Stage(nn.Module):
 
     def through(
         self, x: Float[Tensor, "*tokens D"], tokens: Tokens | Dense, is_scored: bool
-    ) -> tuple[Float[Tensor, "*tokens D"], Float[Tensor, "*tokens"] | None]:
-        """The same for packed tokens or a dense batch."""
+    ) -> tuple[Float[Tensor, "*tokens D"], Float[Tensor, "..."] | None]:
+        """The same for packed tokens, [T] received, or a dense batch, [B, N]."""
         received = None
         for place, block in enumerate(self.blocks, start=1):
             scores = is_scored and place > len(self.blocks) - self.num_scored

@@ -23,7 +23,9 @@ NORM_EPS = 1e-6  # timm's value for ViT
 class Evidence:
     """What a block saw; a field is added when a second method needs it."""
 
-    importance_T: Float[Tensor, "*tokens"]  # attention each patch received: sums to 1 an image, 0 at class tokens
+    importance_T: Float[
+        Tensor, "*tokens"
+    ]  # attention each patch received: sums to 1 an image, 0 at class tokens; [B, N] if dense
 
 
 class Attention(nn.Module):
@@ -40,8 +42,14 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "*tokens D"], tokens: Tokens | Dense | None = None, importance: str | None = None
     ) -> tuple[Float[Tensor, "*tokens D"], Evidence | None]:
         """The update, and the evidence if an `importance` ("cls", "column") is asked for."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        out = self.proj(self.function(q, k, v, tokens).flatten(-2))
+        qkv = self.qkv(x)
+        if isinstance(tokens, Dense):
+            qkv = qkv.reshape(tokens.batch_size, -1, 3, self.num_heads, x.shape[-1] // self.num_heads)
+        else:
+            qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.unbind(-3)
+        update = self.function(q, k, v, tokens)
+        out = self.proj(update.reshape(-1, x.shape[-1]) if isinstance(tokens, Dense) else update.flatten(-2))
         if importance is None or tokens is None:
             return out, None
         with torch.no_grad():

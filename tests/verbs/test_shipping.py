@@ -55,7 +55,7 @@ def test_data_are_held_out_images_as_the_model_takes_them(exported, tmp_path, ca
         (["--format", "executorch", "--single-graph"], "leave out --single-graph"),
         (["--int8"], "give --data"),
         (["--max-images", "0"], "must be 1 or more"),
-        (["--data", "nowhere"], "nowhere"),
+        (["--data", "./nowhere"], "nowhere"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_sentence(tmp_path, capsys, words, sentence):

@@ -64,7 +64,7 @@ class StageGraph(nn.Module):
         x, received = self.stage.through(x.flatten(0, 1), Dense(batch, bias), is_scored=not self.is_last)
         x = x.unflatten(0, (batch, -1))
         logits = self.stage.head(self.stage.norm(x[:, 0]))
-        return (logits,) if received is None else (x, received.unflatten(0, (batch, -1)), logits)
+        return (logits,) if received is None else (x, received, logits)
 
 
 class FirstStage(StageGraph):

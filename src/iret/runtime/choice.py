@@ -11,6 +11,7 @@ Read first: `keep`, the rules.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Layout:
         """Whether there is one image alone, where every step counts."""
         return len(self.images) == 1
 
-    @property
+    @cached_property
     def counts(self) -> np.ndarray:
         """Tokens of each image, class token included."""
         return np.diff(self.starts)

@@ -219,7 +219,7 @@ class Session:
         refined_T: np.ndarray | None = None
         x_TD = np.empty(0, np.float32)
         for index, stage in enumerate(self._stages):
-            macs = float(np.sum(stage_macs(shape, index, layout.counts - 1, layout.counts - 1, scored=True)))
+            macs = stage.macs(layout)
             began = self._clock()
             if index and began + self._paces[index].predict(macs) > until:
                 break
@@ -279,26 +279,27 @@ class _Pace:
     """Seconds of a stage as a line over its MACs, fitted to the calls so far, the latest of which weigh most."""
 
     def __init__(self) -> None:
-        self._sums = np.zeros(5)  # of 1, macs, seconds, macs^2, macs * seconds
+        self._sums = [0.0] * 5  # of 1, macs, seconds, macs^2, macs * seconds
 
     @property
     def is_known(self) -> bool:
-        return bool(self._sums[0])
+        return self._sums[0] > 0
 
     def learn(self, macs: float, seconds: float) -> None:
-        self._sums = FORGETTING * self._sums + (1.0, macs, seconds, macs * macs, macs * seconds)
+        latest = (1.0, macs, seconds, macs * macs, macs * seconds)
+        self._sums = [FORGETTING * earlier + new for earlier, new in zip(self._sums, latest, strict=True)]
 
     def predict(self, macs: float) -> float:
         """Seconds, 0 or more; 0 while nothing is known."""
         if not self.is_known:
             return 0.0
-        mean_macs, mean_s, mean_square, mean_product = self._sums[1:] / self._sums[0]
+        mean_macs, mean_s, mean_square, mean_product = (each / self._sums[0] for each in self._sums[1:])
         spread = mean_square - mean_macs**2
         through_zero = mean_s / mean_macs
         if spread < 1e-6 * mean_square:  # all calls were alike
-            return float(through_zero * macs)
-        slope = np.clip((mean_product - mean_macs * mean_s) / spread, 0.0, through_zero)
-        return float(mean_s + slope * (macs - mean_macs))
+            return through_zero * macs
+        slope = min(max(0.0, (mean_product - mean_macs * mean_s) / spread), through_zero)
+        return mean_s + slope * (macs - mean_macs)
 
 
 def _cut(x_TD: np.ndarray, layout: Layout, choice: Choice) -> tuple[np.ndarray, Layout, np.ndarray | None]:

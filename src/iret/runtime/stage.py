@@ -27,6 +27,12 @@ class Stage:
         self._shape, self._index, self._max_batch = bundle.shape, index, bundle.max_batch
         self._graphs = sorted(graphs, key=lambda each: each[0].tokens or 0)
         self.engine_s = 0.0  # of the latest `run` or `call`
+        every = np.arange(1 + bundle.shape.num_patches)
+        self._macs = np.asarray(stage_macs(bundle.shape, index, every, every, scored=True), dtype=np.float64)
+
+    def macs(self, layout: Layout) -> float:
+        """Of all images of `layout` in this stage, every patch refined."""
+        return float(self._macs[layout.counts - 1].sum())
 
     def call(self, inputs: list[np.ndarray], width: int = 0) -> list[np.ndarray]:
         """The graph that takes `width` tokens an image."""
@@ -100,8 +106,7 @@ class Stage:
             return np.split(np.arange(batch), range(limit, batch, limit))
         weights = numbers_moved(self._shape, [0] * (self._index + 1)) - numbers_moved(self._shape, [0] * self._index)
         widths = np.array([self._width(int(count)) for count in counts])
-        image = stage_macs(self._shape, self._index, widths - 1, widths - 1, scored=True)
-        return group_by_count(widths, np.asarray(image), float(MACS_A_WEIGHT * weights), limit)
+        return group_by_count(widths, self._macs[widths - 1], float(MACS_A_WEIGHT * weights), limit)
 
 
 class Patches:
