@@ -240,8 +240,11 @@ class Session:
                     x_TD, received_T = x_TD[rows], received_T[rows]
             if drops:
                 importance_T = to_importance(received_T, layout)
-                is_patch = layout.cell_T >= 0
-                importance[index, layout.image_T()[is_patch], layout.cell_T[is_patch]] = importance_T[is_patch]
+                if layout.is_one:
+                    importance[index, layout.images[0], layout.cell_T[1:]] = importance_T[1:]
+                else:
+                    is_patch = layout.cell_T >= 0
+                    importance[index, layout.image_T()[is_patch], layout.cell_T[is_patch]] = importance_T[is_patch]
                 choice = choose(importance_T, layout, strengths[layout.images, index], rule, shape.min_keep)
                 x_TD, layout, refined_T = _cut(x_TD, layout, choice)
         return record, stage_logits, importance.reshape(num_stages - 1, batch, *shape.grid)
@@ -305,9 +308,12 @@ class _Pace:
 def _cut(x_TD: np.ndarray, layout: Layout, choice: Choice) -> tuple[np.ndarray, Layout, np.ndarray | None]:
     """The tokens that stay, in image order, and which of them are refined."""
     rows = choice.kept_T.nonzero()[0]
-    counts = np.add.reduceat(choice.kept_T, layout.starts[:-1], dtype=np.int64)
+    if layout.is_one:
+        starts = np.array([0, len(rows)])
+    else:
+        starts = to_starts(np.add.reduceat(choice.kept_T, layout.starts[:-1], dtype=np.int64))
     refined = None if choice.refined_T is None else choice.refined_T[rows]
-    return x_TD[rows], Layout(layout.cell_T[rows], to_starts(counts), layout.images), refined
+    return x_TD.take(rows, axis=0), Layout(layout.cell_T[rows], starts, layout.images), refined
 
 
 def _confidence(logits: np.ndarray) -> np.ndarray:

@@ -27,12 +27,13 @@ class Stage:
         self._shape, self._index, self._max_batch = bundle.shape, index, bundle.max_batch
         self._graphs = sorted(graphs, key=lambda each: each[0].tokens or 0)
         self.engine_s = 0.0  # of the latest `run` or `call`
-        every = np.arange(1 + bundle.shape.num_patches)
-        self._macs = np.asarray(stage_macs(bundle.shape, index, every, every, scored=True), dtype=np.float64)
+        self._steps = np.arange(1 + bundle.shape.num_patches)
+        macs = stage_macs(bundle.shape, index, self._steps, self._steps, scored=True)
+        self._macs = np.asarray(macs, dtype=np.float64)  # of one image, by the patches it has
 
     def macs(self, layout: Layout) -> float:
         """Of all images of `layout` in this stage, every patch refined."""
-        return float(self._macs[layout.counts - 1].sum())
+        return float(self._macs[len(layout.cell_T) - 1] if layout.is_one else self._macs[layout.counts - 1].sum())
 
     def call(self, inputs: list[np.ndarray], width: int = 0) -> list[np.ndarray]:
         """The graph that takes `width` tokens an image."""
@@ -47,6 +48,8 @@ class Stage:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens and received attention, packed, and logits, an image a row. `refined_T` None: every patch with a token."""
         self.engine_s = 0.0
+        if layout.is_one and not self._is_fixed:
+            return self._run_one(patches, x_TD, layout, refined_T)
         groups = self._groups(layout.counts)
         found = [self._run_group(group, patches, x_TD, layout, refined_T) for group in groups]
         if len(found) == 1:
@@ -60,6 +63,25 @@ class Stage:
         pieces = np.split(np.arange(counts.sum()), to_starts(counts)[1:-1])
         rows = np.concatenate([pieces[place] for place in back])
         return np.concatenate(x)[rows], np.concatenate(received)[rows], np.concatenate(logits)[back]
+
+    def _run_one(
+        self, patches: "Patches", x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`_run_group` for one image alone, in fewer steps: at batch 1 the engine waits for every one of them."""
+        owner, cell_T = layout.images[0], layout.cell_T
+        if not self._index:
+            return _unpack(self.call([patches.images[owner, None]]), None)
+        if refined_T is None:
+            index, source = cell_T[1:], self._steps[: len(cell_T)]
+        else:
+            places = refined_T.nonzero()[0]
+            index, source = cell_T[places], np.zeros(len(cell_T), np.int64)
+            source[places] = self._steps[1 : len(places) + 1]
+        if owner:
+            index = index + owner * self._shape.num_patches
+        pixels = patches.read(index, len(index) + 1)
+        bias = np.zeros((1, len(cell_T)), np.float32)
+        return _unpack(self.call([x_TD[None], cell_T[None], pixels, source[None], bias]), None)
 
     def _run_group(
         self, group: np.ndarray, patches: "Patches", x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
@@ -118,17 +140,18 @@ class Patches:
 
     def read(self, index: np.ndarray, room: int) -> np.ndarray:
         """float32 [`room`, C, P, P]: zeros, the patches at `index` (image * cells + cell, rising), zeros again."""
-        (rows, columns), side = self._shape.grid, self._shape.patch_size
-        batch, channels = self.images.shape[:2]
         if self._rows is None:
-            self._rows = np.zeros((1 + batch * rows * columns, channels, side, side), np.float32)
+            (rows, columns), side = self._shape.grid, self._shape.patch_size
+            batch, channels = self.images.shape[:2]
+            self._rows = np.empty((1 + batch * rows * columns, channels, side, side), np.float32)
+            self._rows[0] = 0
             grid = self.images.reshape(batch, channels, rows, side, columns, side).transpose(0, 2, 4, 1, 3, 5)
             self._rows[1:].reshape(grid.shape)[:] = grid
         if room == len(index) + 1 == len(self._rows):
             return self._rows
-        pixels = np.zeros((room, *self._rows.shape[1:]), np.float32)
-        self._rows.take(index + 1, axis=0, out=pixels[1 : len(index) + 1], mode="clip")  # other modes copy once more
-        return pixels
+        padded = np.zeros(room, np.int64)  # row 0 is the zeros
+        np.add(index, 1, out=padded[1 : len(index) + 1])
+        return self._rows.take(padded, axis=0)
 
 
 def _unpack(outputs: list[np.ndarray], is_live: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
