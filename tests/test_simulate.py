@@ -148,3 +148,8 @@ def test_a_table_without_joules_and_a_board_without_mass_are_refused():
         simulate(Menu(budget=(0.5,), accuracy=(0.5,)), DAY.goal(), DAY)
     with pytest.raises(ValueError, match="kelvin_per_watt and joules_per_kelvin must be positive"):
         Thermal(joules_per_kelvin=0.0)
+
+
+def test_more_images_than_memory_holds_are_refused_in_a_sentence():
+    with pytest.raises(ValueError, match=r"7,200,000,000 images are more than .* lower --rate or --hours"):
+        Day(hours=2.0, images_per_second=1e6, battery_joules=1.0).times()

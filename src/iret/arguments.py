@@ -224,7 +224,10 @@ def _add_common(parser: argparse.ArgumentParser, device: str = "cpu") -> None:
 
 
 def _read_counts(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 32,64") from error
 
 
 def read_thresholds(words: Sequence[str]) -> object:

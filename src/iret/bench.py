@@ -34,7 +34,7 @@ Key = tuple[str, int, float]  # model, batch size, budget
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One candidate. `share` is the part of the MAC saving that the clock sees: (full time / time) / (full MACs / MACs)."""
+    """One candidate. `share` is how many times faster it is over how many times fewer MACs it spends."""
 
     model: str
     batch: int

@@ -20,10 +20,11 @@ PURPOSES = {
     "data": "training and evaluation on any Hugging Face data set",
     "energy": "joules measured: NVIDIA GPUs, batteries",
     "timm": "timm's weights, and the methods that run on them",
-    "onnx": "bundles on ONNX Runtime, without torch; with iret[torch], writing them",
-    "openvino": "bundles on OpenVINO, without torch; with iret[torch], writing them",
+    "onnx": "bundles on ONNX Runtime, without torch",
+    "openvino": "bundles on OpenVINO, without torch",
+    "executorch": "bundles for ExecuTorch, written and run",
+    "export": "writing bundles for ONNX Runtime, and with iret[openvino] for OpenVINO",
     "openvino-int8": "writing int8 bundles for OpenVINO",
-    "executorch": "bundles for ExecuTorch",
     "all": "everything above",
 }
 SPIN_ADVICE = (

@@ -21,6 +21,7 @@ PROFILES = {
     "bursts": (1.0,),
 }
 CLUMP = 30  # images of one burst, which come within CLUMP_S seconds
+MAX_IMAGES = 2_000_000  # of one day; a list of their times takes some hundred megabytes
 CLUMP_S = 15.0
 NUM_SAMPLES = 288  # of a time series: every five minutes of a day
 
@@ -82,6 +83,10 @@ class Day:
         random = np.random.default_rng(self.seed)
         end_s, slices = 3600 * self.hours, np.array(PROFILES[self.arrivals], dtype=float)
         stated = end_s * self.images_per_second
+        if stated > MAX_IMAGES:
+            raise ValueError(
+                f"{stated:,.0f} images are more than {MAX_IMAGES:,} that a day is played with; lower --rate or --hours."
+            )
         ahead = np.concatenate([[0.0], np.cumsum(slices) / slices.sum()])
         wanted = max(1, round(self.busy * stated))
         if self.arrivals == "bursts":

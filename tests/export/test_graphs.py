@@ -10,7 +10,7 @@ import torch
 from iret.export.bundle import _jobs  # what is traced, without the tracing
 from iret.export.parity import TIE, Parity, compare
 from iret.model import Iret
-from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile
+from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum
 from iret.runtime.cost import LIFTINGS, Shape
 from iret.runtime.session import Session
 
@@ -35,7 +35,9 @@ def torch_session(
     model = copy.deepcopy(model)  # as a file would be
     jobs = _jobs(model, "onnx", single_graph, buckets)
     stages: dict[int, list[GraphFile]] = {}
+    folder.mkdir(exist_ok=True)
     for job in jobs:
+        (folder / job.name).touch()
         stages.setdefault(job.stage, []).append(GraphFile(job.name, job.tokens))
     bundle = Bundle(
         name=model.name,
@@ -48,9 +50,8 @@ def torch_session(
         points=model.points,
         stages=tuple(tuple(each) for each in stages.values()),
         max_batch=1 if single_graph or buckets else None,
-        checksums={},
+        checksums={job.name: checksum(folder / job.name) for job in jobs},
     )
-    folder.mkdir(exist_ok=True)
     (folder / FILE_NAME).write_text(bundle.to_json())
     graphs = {job.name: job.graph for job in jobs}
 
@@ -83,7 +84,7 @@ def test_a_session_keeps_the_model_s_patches_and_gives_its_answers(tmp_path, opt
     model = make_model(**options)
     parity = compare(model, torch_session(model, tmp_path), make_images(model), batches=(1, 6))
     assert parity.problem is None
-    assert parity.compared == 2 * 6 * 4
+    assert parity.compared == 2 * 6 * 5
     assert parity.agree == parity.compared
     assert 0 < parity.logit_error < 2e-5  # 0 would mean that the model was compared with itself
 
@@ -123,6 +124,51 @@ def test_the_single_graph_drops_at_its_own_thresholds(tmp_path):
     assert counts == [12, 6, 4]  # 4 is the floor
 
 
+def test_images_leave_where_the_model_s_do(tmp_path):
+    model = make_model()
+    session, images = torch_session(model, tmp_path), make_images(model)
+    with torch.no_grad():
+        sure = model.run(images, 0.0).trace.stage_logits[0].softmax(1).amax(1)
+    exits = np.stack([sure.double().numpy() + 1e-2 * np.array([1, -1, 1, -1, 1, -1]), np.full(6, 0.6)], axis=1)
+    thresholds = ((0.6, 1.2), (0.5, 50.0))
+    with torch.no_grad():
+        expected = model.run(images, thresholds, torch.from_numpy(exits))
+    found = session(images.numpy(), thresholds=thresholds, exit_confidence=exits)
+    assert found.trace.exit_stage.tolist() == expected.trace.exit_stage.tolist()
+    assert sorted(set(found.trace.exit_stage.tolist()))[0] == 0 < max(found.trace.exit_stage)
+    assert (found.trace.kept == expected.trace.kept.numpy()).all()
+    assert (found.trace.refined == expected.trace.refined.numpy()).all()
+    assert 0 < found.trace.refined[1].sum() < found.trace.kept[1].sum()
+    assert found.macs.tolist() == expected.macs.tolist()
+    np.testing.assert_allclose(found.trace.stage_logits, expected.trace.stage_logits, rtol=0, atol=2e-5)
+    strengths = np.tile(np.array(thresholds), (6, 1, 1))
+    assert Parity().plus(expected, found, slice(0, 6), strengths, exits, "here") == Parity(
+        compared=6, agree=6, logit_error=Parity().plus(expected, found, slice(0, 6), strengths, exits, "").logit_error
+    )
+    # an exit on the other side of its confidence is a tie where it is near, else a fault
+    for gap, tied in ((1e-5, 1), (1e-2, 0)):
+        near = np.full((1, 2), float(sure[0]))
+        with torch.no_grad():
+            expected = model.run(images[:1], 0.0, torch.from_numpy(near - gap))
+        found = session(images[:1].numpy(), thresholds=0.0, exit_confidence=near + gap)
+        parity = Parity().plus(expected, found, slice(0, 1), np.zeros((1, 2, 2)), near + gap, "here")
+        assert (parity.tied, parity.split) == (tied, 1 - tied)
+
+
+@pytest.mark.parametrize("value", [100.0, np.nan])
+def test_every_head_is_compared_and_nothing_that_is_no_number_passes(tmp_path, value):
+    model = make_model()
+    session, images = torch_session(model, tmp_path), make_images(model, 1)
+    with torch.no_grad():
+        expected = model.run(images, 0.0)
+    found = session(images.numpy())
+    found.trace.stage_logits[1, 0, 0] += value
+    parity = Parity().plus(expected, found, slice(0, 1), np.zeros((1, 2, 2)), None, "here")
+    assert "logits differ by" in parity.problem
+    found.trace.stage_logits[2, 0] = np.nan
+    assert Parity().plus(expected, found, slice(0, 1), np.zeros((1, 2, 2)), None, "here").problem is not None
+
+
 def test_a_difference_is_found_and_named(tmp_path):
     model = make_model()
     session = torch_session(model, tmp_path)
@@ -146,6 +192,6 @@ def test_a_tie_by_rounding_is_counted_and_another_patch_is_a_fault(tmp_path, gap
     with torch.no_grad():
         expected = model.run(images, (edge - gap, 0.0))
     assert found.trace.kept[1].sum() < expected.trace.kept[1].sum()
-    parity = Parity().plus(expected, found, slice(0, 1), np.array([[[edge + gap] * 2, [0.0] * 2]]), "here")
+    parity = Parity().plus(expected, found, slice(0, 1), np.array([[[edge + gap] * 2, [0.0] * 2]]), None, "here")
     assert (parity.compared, parity.tied, parity.split) == (1, tied, split)
     assert (parity.problem is None) == bool(tied)

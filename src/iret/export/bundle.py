@@ -55,6 +55,7 @@ def export(
     _refuse(model, out, kind, single_graph, buckets)
     if int8 and (images is None or single_graph):
         raise ValueError("int8 is calibrated on real images stage by stage; give --data, and leave out --single-graph.")
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
@@ -121,11 +122,14 @@ def _write(
         name = job.name + extension
         say(f"writing {name}" + (" in int8" if calls else ""))
         with torch.no_grad():
-            write(job.graph, job.inputs, job.axes, folder / name, calls[name] if calls else None)
+            write(job.graph, job.inputs, job.axes, folder / name, None if calls is None else calls[name])
         stages.setdefault(job.stage, []).append(GraphFile(name, job.tokens))
     if model.labels:
         (folder / LABELS_NAME).write_text("\n".join(model.labels) + "\n")
-    is_single = jobs[0].name == "model"
+    is_single, points = jobs[0].name == "model", model.points
+    if is_single and points is not None and any(point.exit_confidence is not None for point in points.points):
+        say("its operating points leave early, which one graph cannot: this bundle has none, and takes thresholds")
+        points = None
     bundle = Bundle(
         name=model.name,
         kind=kind,
@@ -134,7 +138,7 @@ def _write(
         shape=model.shape,
         preprocess=model.preprocessing,
         labels=model.labels,
-        points=model.points,
+        points=points,
         stages=tuple(tuple(graphs) for graphs in stages.values()),
         max_batch=1 if is_single else _max_batch(kind, any(job.tokens for job in jobs)),
         checksums={path.name: checksum(path) for path in sorted(folder.iterdir()) if path.name != FILE_NAME},
@@ -165,8 +169,23 @@ def _refuse(model: Iret, out: Path, kind: str, single_graph: bool, buckets: Sequ
         raise ValueError(
             f"bucket {bad[0]} is outside [{model.shape.min_keep}, {model.shape.num_patches}], the patches that an image can keep."
         )
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / FILE_NAME).is_file())):
+    if model.shape.min_keep > model.shape.num_patches:
+        raise ValueError(f"a grid of {model.shape.num_patches} patches has nothing to drop; use a larger image.")
+    if out.exists() and not _is_bundle(out):
         raise ValueError(f"{out} holds something that is not a bundle; give a new folder.")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether it is empty, or holds a bundle and nothing else: what may be replaced."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    if not names:
+        return True
+    try:
+        return names <= {FILE_NAME, *Bundle.read(folder).checksums}
+    except ValueError:
+        return False
 
 
 def _batch(max_batch: int | None) -> Dim:
@@ -216,5 +235,9 @@ def _move(scratch: Path, out: Path) -> None:
         return
     older = scratch.with_name(scratch.name + ".old")
     out.rename(older)
-    scratch.rename(out)
-    shutil.rmtree(older)
+    try:
+        scratch.rename(out)
+    except BaseException:
+        older.rename(out)
+        raise
+    shutil.rmtree(older, ignore_errors=True)

@@ -4,7 +4,7 @@ Only products with a weight are quantised; attention between tokens, norms and t
 stages really got: the fp32 bundle runs the calibration images at several budgets, and every graph's inputs are recorded.
 """
 
-import importlib
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from iret.runtime.engines import Graph, load_graph
+from iret.runtime.engines import Graph, import_or_say, load_graph
 from iret.runtime.session import Session
 
 MAX_CALLS = 64  # a graph is calibrated on at most so many
@@ -36,15 +36,21 @@ def record_inputs(folder: Path, images: np.ndarray, settings: Sequence[tuple[obj
 
     session = Session(folder, load=load)
     for row in range(len(images)):
-        thresholds, exits = settings[row % len(settings)]
-        session(images[row, None], thresholds=thresholds, exit_confidence=exits)
-    return {name: seen[:: max(1, len(seen) // MAX_CALLS)][:MAX_CALLS] for name, seen in calls.items()}
+        for thresholds, exits in settings:
+            session(images[row, None], thresholds=thresholds, exit_confidence=exits)
+    unused = [name for name, seen in calls.items() if not seen]
+    if unused:
+        raise ValueError(
+            f"no image of --data ran {unused[0]}, so it cannot be calibrated; give more, or leave that bucket out."
+        )
+    draw = random.Random(0)
+    return {name: draw.sample(seen, min(len(seen), MAX_CALLS)) for name, seen in calls.items()}
 
 
 def quantize_onnx(path: Path, calls: Calls) -> None:
     """ONNX Runtime's static quantiser, in place: QDQ, int8 weights per channel, uint8 activations."""
-    quantization: Any = _quantiser("onnxruntime.quantization", "onnx")
-    onnx = _quantiser("onnx", "onnx")
+    quantization: Any = import_or_say("onnxruntime.quantization", "export")
+    onnx = import_or_say("onnx", "export")
     names = [each.name for each in onnx.load(path).graph.input]
 
     rest = (dict(zip(names, inputs, strict=True)) for inputs in calls)
@@ -66,25 +72,18 @@ def quantize_onnx(path: Path, calls: Calls) -> None:
 
 def quantize_openvino(graph: Any, calls: Calls) -> Any:
     """NNCF's post-training quantisation with its settings for transformers."""
-    nncf = _quantiser("nncf", "openvino-int8")
+    nncf = import_or_say("nncf", "openvino-int8")
     nncf.set_log_level(40)  # errors
     return nncf.quantize(graph, nncf.Dataset(calls), model_type=nncf.ModelType.TRANSFORMER)
 
 
 def quantize_executorch(graph: nn.Module, calls: Calls) -> nn.Module:
     """XNNPACK's quantiser through PT2E: linear layers, weights per channel, activations by their calibrated range."""
-    xnnpack = _quantiser("executorch.backends.xnnpack.quantizer.xnnpack_quantizer", "executorch")
-    pt2e = _quantiser("torchao.quantization.pt2e.quantize_pt2e", "executorch")
+    xnnpack = import_or_say("executorch.backends.xnnpack.quantizer.xnnpack_quantizer", "executorch")
+    pt2e = import_or_say("torchao.quantization.pt2e.quantize_pt2e", "executorch")
     config = xnnpack.get_symmetric_quantization_config(is_per_channel=True)
     quantizer = xnnpack.XNNPACKQuantizer().set_module_type(nn.Linear, config)
     prepared = pt2e.prepare_pt2e(graph, quantizer)
     for inputs in calls:
         prepared(*(torch.from_numpy(each) for each in inputs))
     return pt2e.convert_pt2e(prepared)
-
-
-def _quantiser(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"int8 needs {module}, which is not installed; pip install 'iret[{extra}]'") from error

@@ -1,8 +1,8 @@
 """Whether a bundle answers as the model does: the same images, at several budgets, alone and in a batch.
 
 In fp32 every kept and refined patch has to be the same but for ties by rounding (importance within `TIE` of the threshold, or of
-the last patch that stays), which are counted; and the logits within `TOLERANCE` where the patches agree. int8 answers differently
-by nature; there agreement is reported.
+the last patch that stays), which are counted, as are exits whose confidence is as near; and every head's logits within
+`TOLERANCE` where all that agrees. int8 answers differently by nature; there agreement is reported.
 
 Read first: `iret.runtime.session`, which runs the bundle.
 """
@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from iret.model import Iret
 from iret.output import Output
 from iret.runtime.bundle import Bundle
-from iret.runtime.keep import read_strengths
+from iret.runtime.keep import read_exits, read_strengths
 from iret.runtime.points import BUDGETS
 from iret.runtime.session import Output as SessionOutput, Session
 
 TOLERANCE = 1e-4  # of logits
 TIE = 1e-4  # of importance, which is 1 in the mean
-THRESHOLDS: tuple[object, ...] = (0.0, 0.8, 1.0, 1.5)  # where there are no operating points
+THRESHOLDS: tuple[object, ...] = (0.0, 0.8, 1.0, (0.9, 1.2), 1.5)  # where there are no operating points
 BATCHES = (1, 8)
 
 
@@ -40,35 +40,57 @@ class Parity:
     logit_error: float = 0.0  # largest difference where the same patches were kept
     problem: str | None = None  # the first thing that is not as it must be
 
-    def plus(self, model: Output, found: SessionOutput, rows: slice, strengths: np.ndarray, where: str) -> "Parity":
-        """With one more run: the images `rows` of the model's, at `strengths` [B, transitions, 2]; `where` names it."""
+    def plus(
+        self,
+        model: Output,
+        found: SessionOutput,
+        rows: slice,
+        strengths: np.ndarray,
+        exits: np.ndarray | None,
+        where: str,
+    ) -> "Parity":
+        """With one more run: the images `rows` of the model's, at `strengths` [B, transitions, 2] and `exits` [B, transitions].
+
+        `where` names it.
+        """
         assert model.trace is not None
-        kept, refined = model.trace.kept[:, rows].numpy(), model.trace.refined[:, rows].numpy()
-        expected, macs = model.logits[rows].numpy(), model.macs[rows].numpy()
         problem, tied, split, error = self.problem, 0, 0, self.logit_error
-        for row in range(len(expected)):
+        kept, refined = model.trace.kept[:, rows].numpy(), model.trace.refined[:, rows].numpy()
+        stages, left = model.trace.stage_logits[:, rows].numpy(), model.trace.exit_stage[rows].numpy()
+        logits, macs = model.logits[rows].numpy(), model.macs[rows].numpy()
+        for row in range(len(logits)):
+            here = f"at {where}, image {rows.start + row}"
+            last = min(left[row], found.trace.exit_stage[row])  # that both passed
             differs = (kept[:, row] != found.trace.kept[:, row]) | (refined[:, row] != found.trace.refined[:, row])
+            differs = differs[: last + 1]
             if differs.any():
                 stage = int(differs.any((1, 2)).argmax())
                 importance = found.trace.importance[stage - 1, row]
                 edges = [*strengths[row, stage - 1], importance[found.trace.kept[stage, row]].min()]
-                if (np.abs(importance[differs[stage]][:, None] - edges).min(1) <= TIE).all():
-                    tied += 1
-                    continue
-                split += 1
-                problem = problem or f"at {where}, image {rows.start + row}: other patches in stage {stage + 1}"
+                is_tie = (np.abs(importance[differs[stage]][:, None] - edges).min(1) <= TIE).all()
+                fault = f"{here}: other patches in stage {stage + 1}"
+            elif left[row] != found.trace.exit_stage[row]:
+                sure = 1 / np.exp(stages[last, row] - stages[last, row].max()).sum()
+                is_tie = exits is not None and abs(sure - exits[row, last]) <= TIE
+                fault = f"{here}: left after stage {found.trace.exit_stage[row] + 1}, not {left[row] + 1}"
+            else:
+                earlier = found.trace.stage_logits[:last, row]
+                ran = slice(last if np.isnan(earlier).all() else 0, last + 1)  # a single graph has the last head alone
+                gaps = np.abs(stages[ran, row] - found.trace.stage_logits[ran, row]).max(1)
+                error = float(np.max([error, *gaps]))  # NaN stays NaN
+                if not (gaps <= TOLERANCE).all():
+                    problem = problem or f"{here}: logits differ by {gaps.max():.1e}"
+                if macs[row] != found.macs[row]:
+                    problem = problem or f"{here}: {found.macs[row]} MACs, not {macs[row]}"
                 continue
-            error = max(error, float(np.abs(expected[row] - found.logits[row]).max()))
-            if error > TOLERANCE:
-                problem = problem or f"at {where}, image {rows.start + row}: logits differ by {error:.1e}"
-            if macs[row] != found.macs[row]:
-                problem = problem or f"at {where}, image {rows.start + row}: {found.macs[row]} MACs, not {macs[row]}"
+            tied, split = tied + is_tie, split + (not is_tie)
+            problem = problem or (None if is_tie else fault)
         return replace(
             self,
-            compared=self.compared + len(expected),
-            tied=self.tied + tied,
-            split=self.split + split,
-            agree=self.agree + int((expected.argmax(1) == found.logits.argmax(1)).sum()),
+            compared=self.compared + len(logits),
+            tied=self.tied + int(tied),
+            split=self.split + int(split),
+            agree=self.agree + int((logits.argmax(1) == found.logits.argmax(1)).sum()),
             logit_error=error,
             problem=problem,
         )
@@ -105,21 +127,25 @@ def compare(model: Iret, session: Session, images: Tensor, batches: tuple[int, .
     for name, thresholds, exit_confidence in settings(model, session.bundle):
         expected = model.run(images, thresholds, exit_confidence)
         strengths = read_strengths(thresholds, len(images), len(model.transitions))
+        exits = read_exits(exit_confidence, len(images), len(model.transitions))
         for size in batches:
             for start in range(0, len(images), size):
                 rows = slice(start, min(start + size, len(images)))
                 found = session(images[rows].numpy(), thresholds=thresholds, exit_confidence=exit_confidence)
-                parity = parity.plus(expected, found, rows, strengths[rows], f"{name}, batches of {size}")
+                own = None if exits is None else exits[rows]
+                parity = parity.plus(expected, found, rows, strengths[rows], own, f"{name}, batches of {size}")
     return parity
 
 
 def settings(model: Iret, bundle: Bundle) -> list[tuple[str, object, float | None]]:
     """What is tried: (name, thresholds, exit confidence)."""
-    if model.points is None:
-        return [(f"thresholds {each}", each, None) for each in THRESHOLDS]
+    if bundle.points is None or model.points is None:
+        every = len(model.transitions)
+        tried = [[each] * every if isinstance(each, tuple) else each for each in THRESHOLDS]
+        return [(f"thresholds {each}", each, None) for each in tried]
     budgets = [budget for budget in BUDGETS if budget > model.points.cheapest_budget] + [model.points.cheapest_budget]
     found = [(f"budget {budget:.2f}", model.setting(budget)) for budget in budgets]
-    return [(name, each.thresholds, None if bundle.is_single else each.exit_confidence) for name, each in found]
+    return [(name, each.thresholds, each.exit_confidence) for name, each in found]
 
 
 def noise_and_blobs(model: Iret, count: int = 8, seed: int = 0) -> Tensor:

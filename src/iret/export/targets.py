@@ -4,7 +4,6 @@ ONNX by torch's exporter, OpenVINO by its converter from the same ONNX graph, Ex
 boards. What was tried and on which versions: docs/export.md.
 """
 
-import importlib
 import logging
 import tempfile
 import warnings
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from iret.export.int8 import Calls, quantize_executorch, quantize_onnx, quantize_openvino
+from iret.runtime.engines import import_or_say
 
 # Opset 20 is the first with Gelu; ONNX Runtime 1.20 and OpenVINO 2024.5 read it.
 OPSET = 20
@@ -28,7 +28,8 @@ def write_onnx(
     module: nn.Module, inputs: tuple[Tensor, ...], axes: Axes | None, path: Path, calls: Calls | None = None
 ) -> None:
     """One ONNX file with its weights inside."""
-    _need("onnx", "onnxscript", extra="onnx")
+    for library in ("onnx", "onnxscript"):
+        import_or_say(library, "export")
     with _quiet():
         program = torch.onnx.export(
             module, inputs, dynamo=True, dynamic_shapes=axes, opset_version=OPSET, verbose=False
@@ -39,7 +40,7 @@ def write_onnx(
             for value in node.outputs:
                 value.metadata_props.clear()
         program.save(str(path), external_data=False)
-        if calls:
+        if calls is not None:
             quantize_onnx(path, calls)
 
 
@@ -47,14 +48,12 @@ def write_openvino(
     module: nn.Module, inputs: tuple[Tensor, ...], axes: Axes | None, path: Path, calls: Calls | None = None
 ) -> None:
     """An .xml with its .bin of weights in fp32 beside it."""
-    _need("openvino", extra="openvino")
-    import openvino as ov
-
+    ov = import_or_say("openvino", "openvino")
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "graph.onnx"
         write_onnx(module, inputs, axes, source)
         graph = ov.convert_model(str(source))
-        if calls:
+        if calls is not None:
             graph = quantize_openvino(graph, calls)
         ov.save_model(graph, str(path), compress_to_fp16=False)
 
@@ -63,13 +62,13 @@ def write_executorch(
     module: nn.Module, inputs: tuple[Tensor, ...], axes: Axes | None, path: Path, calls: Calls | None = None
 ) -> None:
     """A .pte, everything that XNNPACK takes lowered to it."""
-    _need("executorch", extra="executorch")
+    import_or_say("executorch", "executorch")
     with _quiet():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
         exported = torch.export.export(module, inputs, dynamic_shapes=axes, strict=False)
-        if calls:
+        if calls is not None:
             quantized = quantize_executorch(exported.module(), calls)
             exported = torch.export.export(quantized, inputs, dynamic_shapes=axes, strict=False)
         program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
@@ -82,17 +81,6 @@ WRITERS: dict[str, tuple[str, Writer]] = {
     "openvino": (".xml", write_openvino),
     "executorch": (".pte", write_executorch),
 }
-
-
-def _need(*modules: str, extra: str) -> None:
-    """Raises ImportError with what to install."""
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ImportError(
-                f"{module} is not installed here; install it with: pip install 'iret[{extra}]'"
-            ) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from iret.runtime.cost import Shape
+from iret.runtime.cost import Shape, full_macs
 from iret.runtime.points import OperatingPoints
 from iret.runtime.preprocess import Preprocess
 
@@ -45,6 +45,33 @@ class Bundle:
     versions: dict[str, str] = field(default_factory=dict)
     check: dict[str, Any] = field(default_factory=dict)  # how far it was from the model, when it was written
 
+    def __post_init__(self) -> None:
+        graphs = [graph for stage in self.stages for graph in stage]
+        files = {graph.file for graph in graphs}
+        if self.kind == "openvino":
+            files |= {str(Path(file).with_suffix(".bin")) for file in files}
+        wrong = {
+            f"kind {self.kind!r} is none of {', '.join(ENGINES)}": self.kind not in ENGINES,
+            f"it has graphs of {len(self.stages)} stages": len(self.stages)
+            != (1 if self.is_single else len(self.shape.depths)),
+            "a stage has no graph": not all(self.stages),
+            "a graph has no checksum": not files <= set(self.checksums),
+            "a file has a path": any(Path(name).name != name for name in self.checksums),
+            "no graph takes every patch": not all(
+                any(graph.tokens in (None, 1 + self.shape.num_patches) for graph in stage) for stage in self.stages
+            ),
+            "its labels are not as many as its classes": len(self.labels or ()) not in (0, self.shape.num_classes),
+            "its preprocessing makes images of another size": self.preprocess.img_size != self.shape.img_size,
+            f"max_batch is {self.max_batch!r}": not (
+                self.max_batch is None or (type(self.max_batch) is int and self.max_batch > 0)
+            ),
+            "its operating points are another model's": self.points is not None
+            and not self.points.fit(full_macs(self.shape), len(self.shape.depths) - 1),
+        }
+        found = [sentence for sentence, is_wrong in wrong.items() if is_wrong]
+        if found:
+            raise ValueError(f"{found[0]}; export the model again")
+
     def to_json(self) -> str:
         """`read` reads it."""
         raw = asdict(self)
@@ -61,10 +88,11 @@ class Bundle:
             )
         try:
             raw = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON ({error}); export the model again.") from error
-        if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
-            raise ValueError(f"{path} is not a bundle of format {FORMAT}, which this version of iret reads.")
+        version = raw.pop("format", None) if isinstance(raw, dict) else None
+        if version != FORMAT:
+            raise ValueError(f"{path} has format {version!r}; this version of iret reads bundles of format {FORMAT}.")
         try:
             points = raw.pop("points")
             fixed: dict[str, Any] = {
@@ -75,8 +103,8 @@ class Bundle:
                 "stages": tuple(tuple(GraphFile(**graph) for graph in stage) for stage in raw.pop("stages")),
             }
             return cls(**raw | fixed)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a bundle's description ({error!r}); export the model again.") from error
+        except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+            raise ValueError(f"{path} does not describe a bundle: {error or type(error).__name__}.") from error
 
     def with_check(self, found: dict[str, Any]) -> "Bundle":
         """The same with what was found when it was checked against the model."""
@@ -86,7 +114,7 @@ class Bundle:
         """Raises ValueError for a file that is missing or not the one that was written."""
         for name, expected in self.checksums.items():
             path = folder / name
-            if Path(name).name != name or not path.is_file():
+            if not path.is_file():
                 raise ValueError(f"{path} is missing; a bundle is moved as a whole folder.")
             if checksum(path) != expected:
                 raise ValueError(f"{path} is damaged or was changed; copy the bundle again.")

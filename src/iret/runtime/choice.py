@@ -30,7 +30,7 @@ class Layout:
     @classmethod
     def whole(cls, batch: int, num_cells: int) -> "Layout":
         """Every patch of every image."""
-        cell = np.tile(np.arange(-1, num_cells), batch)
+        cell = np.tile(np.arange(-1, num_cells, dtype=np.int64), batch)
         return cls(cell, np.arange(batch + 1) * (1 + num_cells), np.arange(batch))
 
     @property

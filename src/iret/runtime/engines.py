@@ -25,7 +25,8 @@ def load_graph(engine: str, path: Path, threads: int | None = None) -> Graph:
     return LOADERS[engine](path, threads)
 
 
-def _import(module: str, extra: str) -> Any:
+def import_or_say(module: str, extra: str) -> Any:
+    """The module; an ImportError that names the extra that brings it, where it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -33,7 +34,7 @@ def _import(module: str, extra: str) -> Any:
 
 
 def _load_onnxruntime(path: Path, threads: int | None) -> Graph:
-    ort = _import("onnxruntime", "onnx")
+    ort = import_or_say("onnxruntime", "onnx")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
@@ -51,7 +52,7 @@ def _load_onnxruntime(path: Path, threads: int | None) -> Graph:
 
 
 def _load_openvino(path: Path, threads: int | None) -> Graph:
-    ov = _import("openvino", "openvino")
+    ov = import_or_say("openvino", "openvino")
     # Its CPU plug-in would compute in bf16 where the processor can; the answers must not depend on the machine.
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
     if threads:
@@ -70,7 +71,7 @@ def _load_openvino(path: Path, threads: int | None) -> Graph:
 
 def _load_executorch(path: Path, threads: int | None) -> Graph:
     """Its Python binding speaks torch tensors, and so brings torch; on a device it is called from C++, Java or Swift."""
-    runtime = _import("executorch.runtime", "executorch").Runtime.get()
+    runtime = import_or_say("executorch.runtime", "executorch").Runtime.get()
     torch = importlib.import_module("torch")
     if threads:
         importlib.import_module("executorch.extension.pybindings.portable_lib")._unsafe_reset_threadpool(threads)

@@ -1,7 +1,7 @@
 """A bundle at work, without torch: the engine computes a stage, the host chooses, the engine computes the next.
 
     session = Session("bundle/")
-    out = session("photo.jpg", budget=0.4)        # or ms=, joules=, thresholds=, deadline_ms=
+    out = session("photo.jpg", budget=0.4)        # or thresholds=, exit_confidence=, deadline_ms=
     out.logits, out.macs, out.trace.kept          # as of `Iret.run`, as NumPy arrays
 
 The choice between two stages is the model's own code (`choice`), so the same patches are kept but for ties by rounding.
@@ -21,13 +21,14 @@ from iret.runtime.bundle import ENGINES, Bundle
 from iret.runtime.choice import Choice, Layout, choose, to_importance, to_starts
 from iret.runtime.cost import Shape, stage_macs
 from iret.runtime.engines import Graph, load_graph
-from iret.runtime.keep import read_exits, read_strengths
-from iret.runtime.points import OperatingPoints, Point, Setting, keep_all
+from iret.runtime.keep import check_rule, read_exits, read_strengths
+from iret.runtime.points import OperatingPoints, Point, Setting, check_budget, keep_all
 from iret.runtime.preprocess import Source
 from iret.runtime.record import Record
 from iret.runtime.stage import Patches, Stage
 
 FORGETTING = 0.9  # of what earlier calls took
+DOUBT = 0.98  # a stage half as fast as it should be is tried again after 35 runs, one ten times too slow after 115
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Output:
 
 
 class Session:
-    """A bundle on one engine of this device."""
+    """A bundle on one engine of this device. For one thread at a time; give each its own."""
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class Session:
         ]
         self._engine_s = 0.0
         self._paces = [_Pace() for _ in self.shape.depths]
+        self._speed = 1.0  # seconds a MAC of the latest first stage; the paces are in units of it
 
     @property
     def shape(self) -> Shape:
@@ -120,15 +122,18 @@ class Session:
         or float32 [B, C, Y, X], which are taken as they are. `budget` in (0, 1], one for all or [B], needs operating points;
         `thresholds`, `exit_confidence` and `rule` are those of `Iret.run`.
 
-        `deadline_ms`, for the whole batch: the dearest point that should fit is taken where none is given, and
-        no stage is begun that would end too late, so the last head that could be afforded answers. The first stage always runs.
+        `deadline_ms`, for the whole batch, from this call on and with reading photos: the dearest point that should fit is
+        taken where none is given, and no stage is begun that would end too late, so the last head that could be afforded
+        answers. The first stage always runs.
 
         Raises:
             ValueError: images that do not fit or hold NaN, settings that do not fit, a bundle that cannot do what is asked.
         """
-        x = self._read(images)
+        check_rule(rule)
         if budget is not None and thresholds is not None:
             raise ValueError("give a budget or thresholds, not both.")
+        if rule != "threshold" and thresholds is None:
+            raise ValueError(f"rule={rule!r} reads thresholds as its own strengths; give them.")
         if deadline_ms is not None and not deadline_ms > 0:
             raise ValueError(f"deadline_ms={deadline_ms} must be above 0.")
         if self.bundle.is_single and (deadline_ms is not None or exit_confidence is not None or rule != "threshold"):
@@ -136,8 +141,9 @@ class Session:
                 "a single graph runs from end to end and by the rule 'threshold' alone; export without --single-graph for "
                 "deadlines, early exits and other rules."
             )
+        until = np.inf if deadline_ms is None else self._clock() + deadline_ms / 1e3
+        x = self._read(images)
         started = self._clock()
-        until = np.inf if deadline_ms is None else started + deadline_ms / 1e3
         strengths, exits = self._settings(len(x), budget, thresholds, exit_confidence, until - started, rule)
         self._engine_s = 0.0
         if self.bundle.is_single:
@@ -154,6 +160,7 @@ class Session:
 
     def setting(self, budget: float) -> Setting:
         """Thresholds and exit confidence for a budget, from the bundle's operating points."""
+        check_budget(budget)
         if budget == 1:
             return keep_all(len(self.shape.depths) - 1)
         if self.points is None:
@@ -192,15 +199,15 @@ class Session:
             return 1.0
         shares = self.points.shares  # cheapest first, points dearest first
         for share, point in zip(shares[::-1], self.points.points, strict=True):
-            if batch * self._predict(point) <= seconds:
+            if self._predict(point, batch) <= seconds:
                 return float(share)
         return float(shares[0])
 
-    def _predict(self, point: Point) -> float:
-        """Seconds of a mean image at `point`, by what calls have taken so far."""
+    def _predict(self, point: Point, batch: int) -> float:
+        """Seconds of so many mean images at `point`, by what calls have taken so far."""
         kept = (self.shape.num_patches, *point.kept_mean[1:])
-        return sum(
-            pace.predict(float(stage_macs(self.shape, stage, count, count, scored=True)))
+        return self._speed * sum(
+            pace.predict(batch * float(stage_macs(self.shape, stage, count, count, scored=True)))
             for stage, (pace, count) in enumerate(zip(self._paces, kept, strict=True))
         )
 
@@ -221,12 +228,15 @@ class Session:
         for index, stage in enumerate(self._stages):
             macs = stage.macs(layout)
             began = self._clock()
-            if index and began + self._paces[index].predict(macs) > until:
+            if index and began + self._speed * self._paces[index].predict(macs) > until:
+                self._paces[index].doubt()
                 break
             x_TD, received_T, logits = stage.run(patches, x_TD, layout, refined_T)
             took = self._clock() - began
             self._engine_s += stage.engine_s
-            self._paces[index].learn(macs, took)
+            if index == 0:
+                self._speed = took / macs or self._speed  # a clock too coarse to see it
+            self._paces[index].learn(macs, took / self._speed)
             record.add(index, layout, refined_T)
             stage_logits[index, layout.images] = logits
             if index == num_stages - 1:
@@ -279,7 +289,10 @@ class Session:
 
 
 class _Pace:
-    """Seconds of a stage as a line over its MACs, fitted to the calls so far, the latest of which weigh most."""
+    """Time of a stage as a line over its MACs, fitted to the calls so far, the latest of which weigh most.
+
+    In units of the first stage's seconds a MAC in the same run: a slow moment of the machine is not taken for the stage's.
+    """
 
     def __init__(self) -> None:
         self._sums = [0.0] * 5  # of 1, macs, seconds, macs^2, macs * seconds
@@ -292,8 +305,13 @@ class _Pace:
         latest = (1.0, macs, seconds, macs * macs, macs * seconds)
         self._sums = [FORGETTING * earlier + new for earlier, new in zip(self._sums, latest, strict=True)]
 
+    def doubt(self) -> None:
+        """It was not begun for want of time: believe a little less of what it took, or one slow call would bar it for good."""
+        for place in (2, 4):
+            self._sums[place] *= DOUBT
+
     def predict(self, macs: float) -> float:
-        """Seconds, 0 or more; 0 while nothing is known."""
+        """Time, 0 or more; 0 while nothing is known."""
         if not self.is_known:
             return 0.0
         mean_macs, mean_s, mean_square, mean_product = (each / self._sums[0] for each in self._sums[1:])

@@ -27,7 +27,7 @@ class Stage:
         self._shape, self._index, self._max_batch = bundle.shape, index, bundle.max_batch
         self._graphs = sorted(graphs, key=lambda each: each[0].tokens or 0)
         self.engine_s = 0.0  # of the latest `run` or `call`
-        self._steps = np.arange(1 + bundle.shape.num_patches)
+        self._steps = np.arange(1 + bundle.shape.num_patches, dtype=np.int64)
         macs = stage_macs(bundle.shape, index, self._steps, self._steps, scored=True)
         self._macs = np.asarray(macs, dtype=np.float64)  # of one image, by the patches it has
 

@@ -156,7 +156,7 @@ def do_bench(args: argparse.Namespace) -> int:
             for row in rows
         ],
     )
-    say(f"{_explain_joules(rows[0])}; share: of the saving in MACs, what the clock sees")
+    say(f"{_explain_joules(rows[0])}; share: times faster, over the MACs of the full run / MACs")
     return 0
 
 
