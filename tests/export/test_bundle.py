@@ -115,6 +115,7 @@ np.save({str(tmp_path / "logits.npy")!r}, out.logits)
         ({"buckets": (3,)}, r"outside \[4, 12\]"),
         ({"buckets": (13,)}, r"outside \[4, 12\]"),
         ({"int8": True}, "give --data"),
+        ({"int8": True, "kind": "executorch"}, "use --format onnx or openvino"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused_before_anything_is_written(tmp_path, options, sentence):

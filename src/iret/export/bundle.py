@@ -53,6 +53,10 @@ def export(
         ImportError: the engine is missing.
     """
     _refuse(model, out, kind, single_graph, buckets)
+    if int8 and kind == "executorch":
+        raise ValueError(
+            "int8 is not there for ExecuTorch yet (docs/export.md); leave out --int8, or use --format onnx or openvino."
+        )
     if int8 and (images is None or single_graph):
         raise ValueError("int8 is calibrated on real images stage by stage; give --data, and leave out --single-graph.")
     out = out.resolve()

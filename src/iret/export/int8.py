@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from iret.runtime.engines import Graph, import_or_say, load_graph
 from iret.runtime.session import Session
@@ -75,15 +73,3 @@ def quantize_openvino(graph: Any, calls: Calls) -> Any:
     nncf = import_or_say("nncf", "openvino-int8")
     nncf.set_log_level(40)  # errors
     return nncf.quantize(graph, nncf.Dataset(calls), model_type=nncf.ModelType.TRANSFORMER)
-
-
-def quantize_executorch(graph: nn.Module, calls: Calls) -> nn.Module:
-    """XNNPACK's quantiser through PT2E: linear layers, weights per channel, activations by their calibrated range."""
-    xnnpack = import_or_say("executorch.backends.xnnpack.quantizer.xnnpack_quantizer", "executorch")
-    pt2e = import_or_say("torchao.quantization.pt2e.quantize_pt2e", "executorch")
-    config = xnnpack.get_symmetric_quantization_config(is_per_channel=True)
-    quantizer = xnnpack.XNNPACKQuantizer().set_module_type(nn.Linear, config)
-    prepared = pt2e.prepare_pt2e(graph, quantizer)
-    for inputs in calls:
-        prepared(*(torch.from_numpy(each) for each in inputs))
-    return pt2e.convert_pt2e(prepared)
