@@ -1,9 +1,10 @@
 """Does dropping save time in a batch of mixed counts? `iret_small`, batch 16, one thread, interleaved, raw samples kept.
 
 The counts are those of test images: what a calibrated model (`--counts`) keeps of them (`--data`) at the thresholds of its
-operating points, as shares of its grid. Three things run in turn: the whole model, the packed run (`Iret.replay`, choosing
-included), and the same run with every image padded to the longest of the batch. Beside them a static ViT of DeiT-S shape, and
-peak memory by budget.
+operating points, as shares of its grid: all images at one point, chosen for a MAC ratio, or every image at its own ("mixed"),
+as when the requests of a server bring their budgets. Three things run in turn: the whole model, the packed run (`Iret.replay`,
+choosing included), and the same run with every image padded to the longest of the batch. Beside them a static ViT of DeiT-S
+shape, and peak memory by budget.
 
     python benchmarks/batch.py --out results/...     takes some minutes; run it alone on the machine
 """
@@ -68,6 +69,14 @@ def choose_plans(model: iret.Iret, counts: np.ndarray, ratio_: float, draw: rand
     return min(candidates, key=lambda plans: abs(macs_ratio(plans) - ratio_))
 
 
+def mix_plans(model: iret.Iret, counts: np.ndarray, draw: random.Random, batch: int) -> list[Plan]:
+    """A batch as a server makes it: every image at a point of its own, drawn from the whole table."""
+    cells, least = model.shape.num_patches, model.shape.min_keep
+    drawn = [counts[draw.randrange(len(counts)), :, image] for image in draw.sample(range(counts.shape[2]), batch)]
+    kept = np.clip(np.round(np.stack(drawn) * cells), least, cells).astype(int).tolist()
+    return [Plan(tuple(each), (0, *each[1:])) for each in kept]
+
+
 @torch.inference_mode()
 def padded(model: iret.Iret, images: torch.Tensor, plans: list[Plan]) -> torch.Tensor:
     """The run at given counts with every image padded to the longest: dense blocks under a key mask, nothing chosen."""
@@ -99,13 +108,14 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
     work = {"full": lambda: model(images), "deit_s": lambda: static(images)}
     ratios, spread = {"full": 1.0, "deit_s": full_macs(model.shape) / vit_macs()}, {}
     point = Point(thresholds=((1.0, 1.0),) * 2, accuracy=0.0, macs_mean=1.0, macs_p95=1.0, kept_mean=())
-    for wanted in RATIOS:
-        plans = choose_plans(model, counts, wanted, draw, args.batch)
+    batches = {f"{wanted:g}": choose_plans(model, counts, wanted, draw, args.batch) for wanted in RATIOS}
+    batches["mixed"] = mix_plans(model, counts, draw, args.batch)
+    for name, plans in batches.items():
         macs = np.mean([plan_macs(model.shape, plan.kept, plan.refined, scored=True) for plan in plans])
-        work[f"packed {wanted:g}"] = lambda plans=plans: model.replay(images, plans, point)
-        work[f"padded {wanted:g}"] = lambda plans=plans: padded(model, images, plans)
-        ratios[f"packed {wanted:g}"] = ratios[f"padded {wanted:g}"] = full_macs(model.shape) / macs
-        spread[f"packed {wanted:g}"] = [sorted(plan.kept[stage] for plan in plans) for stage in (1, 2)]
+        work[f"packed {name}"] = lambda plans=plans: model.replay(images, plans, point)
+        work[f"padded {name}"] = lambda plans=plans: padded(model, images, plans)
+        ratios[f"packed {name}"] = ratios[f"padded {name}"] = full_macs(model.shape) / macs
+        spread[f"packed {name}"] = [sorted(plan.kept[stage] for plan in plans) for stage in (1, 2)]
     with context, torch.inference_mode(), pin_threads(1):
         samples = measure_latency(work, rounds=args.rounds, warm_up=2, lead=1)
     rows = []
