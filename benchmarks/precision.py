@@ -90,7 +90,8 @@ def main() -> None:
         "batch": args.batch,
     }
     command = " ".join(["python benchmarks/precision.py", *(f"--{name} {value}" for name, value in words.items())])
-    said = f"`{command}`: {len(next(iter(right.values())))} test images; the difference to float32 in points, with its 95 % interval."
+    num_images = len(next(iter(right.values())))
+    said = f"`{command}`: {num_images} test images; the difference to float32 in points, with its 95 % interval."
     lines = [said, "", *report(right), ""]
     (args.out / "README.md").write_text("\n".join(lines))
     print("\n".join(lines))
