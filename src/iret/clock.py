@@ -17,21 +17,16 @@ import torch
 
 from iret.doctor import describe_device
 from iret.measure.energy import IDLE_MARGIN, EnergyError, EnergyMeter, measure_idle
-from iret.measure.estimate import HOROWITZ, EstimateMeter, estimate_joules
+from iret.measure.estimate import HOROWITZ, EstimateMeter
 from iret.measure.latency import Latency, measure_latency
 from iret.model import Iret
-from iret.runtime.cost import block_linears, numbers_moved, plan_macs
+from iret.runtime import timing
 from iret.runtime.points import DeviceTable, OperatingPoints, Plan, Point
+from iret.runtime.timing import FORMATS, spread
 
 TIME_LIMIT_S = 30.0  # for the milliseconds
 MIN_ROUNDS, MAX_ROUNDS, WARM_UP = 3, 15, 1
 ENERGY_MARGIN = 1.2  # windows of this many times the meter's resolution
-FORMATS = {
-    "float32": ("fp32", 4),
-    "bfloat16": ("fp16", 2),
-    "float16": ("fp16", 2),
-    "int8": ("int8", 4),
-}  # bytes a number
 
 Say = Callable[[str], None]
 Calls = dict[tuple[int, int], Callable[[], object]]  # by point and plan
@@ -118,11 +113,6 @@ def _fit(work: Calls, points: Sequence[Point], wait: Callable[[], object] | None
     return {key: call for key, call in work.items() if key in chosen}, rounds, round_s
 
 
-def spread(total: int, count: int) -> list[int]:
-    """`count` of the places 0 to `total` - 1, the middles of equal shares."""
-    return [(2 * place + 1) * total // (2 * count) for place in range(count)]
-
-
 def announce(meter: EnergyMeter, count: int, say: Say) -> None:
     """How long `measure_joules` of `count` pieces of work will take, where the meter measures."""
     if meter.kind == "measured":
@@ -167,15 +157,5 @@ def estimate_meter(model: Iret) -> EstimateMeter:
 
 
 def estimate_image(model: Iret, point: Point, plan: Plan) -> float:
-    """Joules of one image by published constants: arithmetic and memory alone, without idle power.
-
-    In int8, the linear layers of the blocks multiply in 8 bits and read weights of 8 bits; everything else stays in float32.
-    """
-    work = plan_macs(model.shape, plan.kept, plan.refined, scored=bool(np.any(point.thresholds)))
-    moved = numbers_moved(model.shape, plan.kept, plan.refined)
-    constants, size = FORMATS[model.precision]
-    if model.precision != "int8":
-        return estimate_joules(work, size * moved, constants=HOROWITZ[constants])
-    weights, rounded = block_linears(model.shape, plan.kept)
-    in_float = estimate_joules(work - rounded, size * (moved - weights))
-    return in_float + estimate_joules(rounded, weights, constants=HOROWITZ["int8"])
+    """Joules of one image by published constants: see `iret.runtime.timing`."""
+    return timing.estimate_image(model.shape, model.precision, point, plan)

@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 class Pilot:
-    """Asks for a decision an image. Sensors can be replaced, as tests do; one that fails is named in `Decision.doubts`."""
+    """Asks for a decision an image, or a batch.
+
+    Sensors can be replaced, as tests do; one that fails is named in `Decision.doubts`.
+    """
 
     def __init__(
         self,
@@ -32,8 +35,8 @@ class Pilot:
         self._battery, self._thermometer, self._clock = battery, thermometer, clock
         self._answered, self._time_s = 0, 0.0
 
-    def next(self) -> Decision:
-        """For the next image, from what the sensors say now and what was noted since the last call."""
+    def next(self, images: int = 1) -> Decision:
+        """For the next images, from what the sensors say now and what was noted since the last call."""
         failed: list[str] = []
         battery = _ask(self._battery, failed) if self._goal.hours is not None else None
         decision = self._controller.decide(
@@ -44,14 +47,15 @@ class Pilot:
                 battery_share=None if battery is None or battery.percent is None else battery.percent / 100,
                 ms=1e3 * self._time_s / self._answered if self._answered else None,
                 celsius=_ask(self._thermometer, failed) if self._goal.max_celsius is not None else None,
-            )
+            ),
+            images,
         )
         self._answered, self._time_s = 0, 0.0
         return replace(decision, doubts=(*failed, *decision.doubts))
 
-    def note(self, time_s: float) -> None:
-        """One image was answered in so many seconds."""
-        self._answered, self._time_s = self._answered + 1, self._time_s + time_s
+    def note(self, time_s: float, images: int = 1) -> None:
+        """So many images were answered, in so many seconds all together."""
+        self._answered, self._time_s = self._answered + images, self._time_s + time_s
 
 
 def _ask(sensor: Callable[[], T | None], failed: list[str]) -> T | None:

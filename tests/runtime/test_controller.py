@@ -509,7 +509,7 @@ def test_what_a_sensor_said_is_named():
     assert controller.decide(reading).doubts == (
         "joules measured as nan",
         "temperature read as 255.0",
-        "battery read as nan J, share None of None J",
+        "battery read as nan J",
     )
     assert any("more images come" in d for d in controller.decide(Reading(time_s=2.0, images=50)).doubts)
 

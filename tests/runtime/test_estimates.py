@@ -95,10 +95,18 @@ def test_what_is_no_temperature_is_passed_over_until_the_last_one_is_stale(celsi
     heat.take(50.0, 0.0, doubts)
     heat.take(celsius, 60.0, doubts)
     assert (heat.celsius, heat.is_stale, heat.limit(1.0, 5.0)) == (50.0, False, 5.0)
-    assert doubts == [f"temperature read as {celsius}"]
+    silent = "the temperature sensor is silent; after 60 s the cap counts as reached"
+    assert doubts == [silent if celsius is None else f"temperature read as {celsius}"]
     heat.take(celsius, 61.0, doubts)
     assert (heat.is_stale, heat.is_over, heat.limit(1.0, 5.0)) == (True, False, 1.0)
     assert heat.reason == "temperature: no reading, so the cap is assumed to be reached"
+
+
+def test_without_a_sensor_one_sentence_says_so_and_what_is_served():
+    heat, doubts = Thermometer(70.0), []
+    heat.take(None, 0.0, doubts)
+    assert doubts == ["no temperature sensor was found, so the cheapest point is served"]
+    assert heat.is_stale and heat.limit(1.0, 5.0) == 1.0
 
 
 def test_the_cost_allowed_falls_over_five_kelvin_and_comes_back_in_steps():
@@ -131,7 +139,7 @@ def test_nobody_knows_what_is_left_until_the_gauge_or_the_goal_says():
     battery.spend(1.0, 1)
     assert battery.left is None
     assert battery.read(None, 0.5, doubts := []) is None and battery.left is None
-    assert doubts == ["battery read as None J, share 0.5 of None J"]
+    assert doubts == ["the battery's gauge says 50% and no energy; give the full one's (--battery-wh, battery_joules)"]
     battery.read(50.0, None, [])
     assert battery.left == 50.0
     battery = Battery(200.0)
@@ -147,7 +155,7 @@ def test_a_gauge_that_says_nothing_possible_is_named_and_energy_is_reckoned(joul
     battery.spend(3.0, 1)
     assert battery.read(joules, share, doubts) is None
     assert battery.left == 97.0
-    assert doubts == [f"battery read as {joules} J, share {share} of 100.0 J"]
+    assert doubts == [f"battery read as a share of {share}" if joules is None else f"battery read as {joules} J"]
 
 
 def test_a_gauge_below_the_reckoning_is_believed_at_once_and_one_above_after_sixteen_images():

@@ -131,10 +131,70 @@ def test_a_dearer_point_that_is_faster_is_taken():
 
 
 @pytest.mark.parametrize(
+    ("accuracies", "ms", "budget"),  # from the dearest budget: 1, 0.5, 0.25
+    [
+        ((0.7, 0.8, 0.6), (10.0, 6.0, 2.0), 0.5),  # all of it is slower and worse
+        ((0.8, 0.8, 0.6), (10.0, 6.0, 2.0), 0.5),  # ... or slower and no better
+        ((0.9, 0.8, 0.6), (6.0, 10.0, 2.0), 1.0),
+        ((0.7, 0.6, 0.8), (12.0, 6.0, 8.0), 0.25),
+        ((0.9, 0.8, 0.6), (12.0, 9.0, 2.0), 0.5 + 0.5 / 3 * 2),  # where the chord reaches 11 ms
+    ],
+)
+def test_of_what_fits_the_most_accurate_is_served_and_of_equals_the_cheapest(accuracies, ms, budget):
+    points = tuple(replace(each, accuracy=a) for each, a in zip(table().points, accuracies, strict=True))
+    found = replace(table(), points=points).with_device(timed(ms))
+    assert found.budget_for(timed().device, ms=11.0) == pytest.approx(budget)
+    assert found.budget_for(timed().device, joules=0.11) == pytest.approx(budget)
+
+
+def test_no_position_that_another_beats_in_accuracy_at_no_more_milliseconds_or_joules_is_ever_served():
+    random, device = np.random.default_rng(0), timed().device
+    for _ in range(30):
+        rungs = np.sort(random.uniform(0, 3, 6))  # some so close that they are cliffs
+        shares, accuracies, ms = (
+            np.sort(random.uniform(0.1, 1, 6))[::-1],
+            random.uniform(0, 1, 6),
+            random.uniform(1, 9, 6),
+        )
+        points = tuple(point(1e3 * s, a, (t, t)) for s, a, t in zip(shares, accuracies, rungs, strict=True))
+        found = OperatingPoints(data="", num_images=1, full_macs=1000, points=points).with_device(timed(tuple(ms)))
+        menu, unit = found.menu(device), str(random.choice(["ms", "joules"]))
+        asked = float(random.uniform(min(getattr(menu, unit)), max(getattr(menu, unit))))
+        served = found.budget_for(device, **{unit: asked})
+        cost, accuracy = menu.read(unit, served), menu.read("accuracy", served)
+        assert cost <= asked * (1 + 1e-9)
+        for other in np.union1d(menu.budget, np.linspace(menu.budget[0], menu.budget[-1], 100)):
+            other_cost, other_accuracy = menu.read(unit, other), menu.read("accuracy", other)
+            assert not (other_cost <= cost and other_accuracy > accuracy + 1e-9)
+            assert not (other_cost < cost * (1 - 1e-9) and other_accuracy >= accuracy)
+
+
+def test_within_a_cliff_milliseconds_buy_its_foot():
+    points = (point(1000.0, 0.9, (0.69, 0.69)), point(200.0, 0.5, (0.7, 0.7)))
+    found = OperatingPoints(data="", num_images=1, full_macs=1000, points=points).with_device(timed((10.0, 2.0)))
+    assert found.budget_for(timed().device, ms=9.0) == 0.2
+
+
+def test_the_share_that_a_refusal_names_can_be_asked_for():
+    found = OperatingPoints(data="", num_images=1, full_macs=1000, points=(point(95.1, 0.5, (1.0, 1.0)),))
+    for refused in (
+        lambda: found.setting(0.09),
+        lambda: found.with_device(timed((2.0,))).budget_for(timed().device, ms=1.0),
+    ):
+        with pytest.raises(ValueError, match=r"0\.096 of"):
+            refused()
+    assert found.setting(0.096).thresholds == ((1.0, 1.0),)
+
+
+@pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"ms": 1.9}, "ms=1.9 is below the cheapest operating point on this device, 2"),
-        ({"joules": 0.01}, "joules=0.01 is below the cheapest"),
+        (
+            {"ms": 1.9},
+            r"ms=1.9 is below the cheapest operating point on this device, 2 ms at 0\.250 of the MACs; ask for that or more, "
+            r"give --budget 0\.250 .* measure again with `iret calibrate MODEL --device-only`",
+        ),
+        ({"joules": 0.01}, "joules=0.01 is below the cheapest operating point on this device, 0.02 joules at 0.250"),
         ({"ms": 0.0}, "must be above 0"),
         ({"ms": float("nan")}, "must be above 0"),
         ({}, "give one of ms and joules"),

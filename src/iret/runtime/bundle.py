@@ -6,6 +6,7 @@ checked when it was written, and a checksum of every file. NumPy and the standar
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,19 @@ class Bundle:
         raw = asdict(self)
         raw["points"] = None if self.points is None else json.loads(self.points.to_json())
         return json.dumps({"format": FORMAT, **raw}, indent=1) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Put `bundle.json` into `folder`, whole, or leave what was there.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full.
+        """
+        path, scratch = folder / FILE_NAME, folder / f".{FILE_NAME}.{os.getpid()}"
+        try:
+            scratch.write_text(self.to_json())
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, folder: Path) -> "Bundle":

@@ -120,6 +120,17 @@ def _keep(importance_T: np.ndarray, layout: Layout, strength: np.ndarray, rule: 
     return kept
 
 
+def cut(x_TD: np.ndarray, layout: Layout, choice: Choice) -> tuple[np.ndarray, Layout, np.ndarray | None]:
+    """The tokens that stay, in image order, and which of them are refined."""
+    rows = choice.kept_T.nonzero()[0]
+    if layout.is_one:
+        starts = np.array([0, len(rows)])
+    else:
+        starts = to_starts(np.add.reduceat(choice.kept_T, layout.starts[:-1], dtype=np.int64))
+    refined = None if choice.refined_T is None else choice.refined_T[rows]
+    return x_TD.take(rows, axis=0), Layout(layout.cell_T[rows], starts, layout.images), refined
+
+
 def to_starts(counts: np.ndarray) -> np.ndarray:
     starts = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=starts[1:])

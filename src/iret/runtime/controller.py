@@ -245,7 +245,10 @@ class Controller:
                     reason = "battery: the rest is kept for the images that can still come"
         elif battery is not None:
             broken.append("battery")
-            best, reason = self._frugal(fits), "battery: nobody says what is left, so as cheap as possible"
+            best = self._frugal(fits)
+            reason = (
+                "battery: neither a gauge nor --battery-wh (battery_joules) says what is left, so as cheap as can be"
+            )
         elif rungs.is_unlimited:
             best, reason = self._frugal(fits), f"accuracy: as cheap as {goal.min_accuracy} allows"
         held = self._held = self._turn(fits, best, limit, pace)

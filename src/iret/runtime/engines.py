@@ -1,11 +1,13 @@
 """The engines a bundle's graphs run on, behind one call: arrays in the graph's order of inputs, arrays out.
 
-Nothing here knows what a graph computes. An engine is imported when it is asked for, so a device needs only its own.
+Threads may call one graph at the same time; only ONNX Runtime computes their calls side by side. Nothing here knows what a
+graph computes. An engine is imported when it is asked for, so a device needs only its own.
 """
 
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,14 @@ def load_graph(engine: str, path: Path, threads: int | None = None) -> Graph:
     if engine not in LOADERS:
         raise ValueError(f"engine={engine!r} is unknown; choose from {', '.join(LOADERS)}.")
     return LOADERS[engine](path, threads)
+
+
+def check_threads(threads: object) -> None:
+    """Raises ValueError for anything but a whole number, 1 or more, or None."""
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise ValueError(
+            f"threads={threads!r} must be a whole number, 1 or more; leave it out for as many as the engine likes."
+        )
 
 
 def import_or_say(module: str, extra: str) -> Any:
@@ -61,10 +71,14 @@ def _load_openvino(path: Path, threads: int | None) -> Graph:
         request = ov.Core().compile_model(str(path), "CPU", config).create_infer_request()
     except RuntimeError as error:
         raise ValueError(f"OpenVINO cannot load {path}: {_first_line(error)}") from error
+    in_turn = Lock()
 
     def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        found = request.infer(list(inputs), share_inputs=True)
-        return [found[place].copy() for place in range(len(found))]  # its buffers are written again by the next call
+        with in_turn:
+            found = request.infer(list(inputs), share_inputs=True)
+            return [
+                found[place].copy() for place in range(len(found))
+            ]  # its buffers are written again by the next call
 
     return run
 
@@ -79,10 +93,12 @@ def _load_executorch(path: Path, threads: int | None) -> Graph:
         method = runtime.load_program(path).load_method("forward")
     except RuntimeError as error:
         raise ValueError(f"ExecuTorch cannot load {path}: {_first_line(error)}") from error
+    in_turn = Lock()
 
     def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        found = method.execute([torch.from_numpy(np.ascontiguousarray(each)) for each in inputs])
-        return [each.numpy() for each in found]
+        tensors = [torch.from_numpy(np.ascontiguousarray(each)) for each in inputs]
+        with in_turn:
+            return [each.numpy() for each in method.execute(tensors)]
 
     return run
 

@@ -76,8 +76,12 @@ class Thermometer:
         if CELSIUS[0] <= value <= CELSIUS[1]:
             self._recent, self._last_s = [*self._recent[-2:], value], time_s
             self.celsius = sorted(self._recent)[len(self._recent) // 2]
-        else:
+        elif celsius is not None:
             doubts.append(f"temperature read as {celsius}")
+        elif math.isnan(self.celsius):
+            doubts.append("no temperature sensor was found, so the cheapest point is served")
+        else:
+            doubts.append(f"the temperature sensor is silent; after {HEAT_STALE_S:g} s the cap counts as reached")
         self._age_s = time_s - self._last_s
 
     @property
@@ -161,9 +165,15 @@ class Battery:
         if gauge is None and self._full is not None:
             part = read_number(share)
             gauge = part * self._full if part is not None and part <= 1 else None
-        if gauge is None and (joules is not None or share is not None):
-            doubts.append(f"battery read as {joules} J, share {share} of {self._full} J")
-        return gauge
+        if gauge is not None or (joules is None and share is None):
+            return gauge
+        if joules is None and self._full is None and (part := read_number(share)) is not None and part <= 1:
+            doubts.append(
+                f"the battery's gauge says {part:.0%} and no energy; give the full one's (--battery-wh, battery_joules)"
+            )
+        else:
+            doubts.append(f"battery read as {f'a share of {share}' if joules is None else f'{joules} J'}")
+        return None
 
     def _restart(self, gauge: float) -> None:
         self._mark, self._used, self._idle, self._blur, self._images = gauge, 0.0, 0.0, 0.0, 0

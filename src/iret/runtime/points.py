@@ -7,9 +7,11 @@ the columns of a `DeviceTable` hold for one machine and are measured again on an
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +165,7 @@ class OperatingPoints:
         if budget < self.cheapest_budget:
             raise ValueError(
                 f"budget={budget:g} is below the cheapest operating point of this model, "
-                f"{self.cheapest_budget:.3f} of its MACs; ask for that or more, or give thresholds above "
+                f"{_round_up(self.cheapest_budget)} of its MACs; ask for that or more, or give thresholds above "
                 f"{self.points[-1].thresholds}."
             )
         shares, ladder = self.shares, self._ladder
@@ -195,7 +197,10 @@ class OperatingPoints:
         return replace(self, devices=(*others, table))
 
     def budget_for(self, device: str, *, ms: float | None = None, joules: float | None = None) -> float:
-        """The largest budget whose mean cost an image on `device` is at most `ms` milliseconds or `joules` joules.
+        """The budget of the most accurate position whose mean cost an image on `device` is at most that.
+
+        Of equally accurate ones the cheapest, so never one that another beats in accuracy at no more of that cost: a larger
+        budget may well be slower and worse. Accuracies are those of the table, noise included.
 
         Raises:
             ValueError: not exactly one of the two, not positive, below the cheapest point, or a device without columns.
@@ -203,16 +208,20 @@ class OperatingPoints:
         if (ms is None) == (joules is None):
             raise ValueError("give one of ms and joules.")
         table = self.table_of(device)
-        unit, asked, column = ("ms", ms, table.ms_mean) if joules is None else ("joules", joules, table.joules)
+        unit, asked = ("ms", ms) if joules is None else ("joules", joules)
         assert asked is not None
         if not asked > 0:
             raise ValueError(f"{unit}={asked:g} must be above 0.")
-        costs = np.array(column)[::-1]
-        if asked < costs.min():
+        menu = self.menu(table.device)
+        budget = _best_within(menu, unit, asked)
+        if budget is None:
+            least, share = min(zip(getattr(menu, unit), menu.budget, strict=True))
             raise ValueError(
-                f"{unit}={asked:g} is below the cheapest operating point on this device, {costs.min():.4g}."
+                f"{unit}={asked:g} is below the cheapest operating point on this device, {least:.4g} {unit} at "
+                f"{_round_up(share)} of the MACs; ask for that or more, give --budget {_round_up(share)} (budget=) in its "
+                "place, or measure again with `iret calibrate MODEL --device-only` if this machine was busy then."
             )
-        return float(_last_at_most(self.shares, costs, asked))
+        return budget
 
     def menu(self, device: str, idle_watts: float | None = None) -> Menu:
         """What a controller chooses from on a device that was measured; a cliff is a step there, as `setting` serves it.
@@ -278,13 +287,22 @@ class OperatingPoints:
         return cls.from_json(path.read_bytes(), str(path)) if path.exists() else None
 
 
-def _last_at_most(positions: np.ndarray, costs: np.ndarray, limit: float) -> float:
-    """The last position on the chords through (positions, costs) whose cost is at most `limit`; some cost is."""
-    last = int(np.flatnonzero(costs <= limit)[-1])
-    if last == len(costs) - 1:
-        return positions[last]
-    rise = (limit - costs[last]) / (costs[last + 1] - costs[last])
-    return positions[last] + rise * (positions[last + 1] - positions[last])
+def _best_within(menu: Menu, unit: str, limit: float) -> float | None:
+    """The budget of the most accurate position that costs at most `limit`, of equals the cheapest; None if none does."""
+    costs: tuple[float, ...] = getattr(menu, unit)
+    rows = list(zip(menu.accuracy, costs, menu.budget, menu.is_foot, strict=True))
+    fit = [(accuracy, -cost, -budget) for accuracy, cost, budget, _ in rows if cost <= limit]
+    for (accuracy, cost, budget, is_foot), (next_accuracy, next_cost, next_budget, _) in pairwise(rows):
+        if not is_foot and (cost <= limit) != (next_cost <= limit):  # the chord crosses the limit
+            share = (limit - cost) / (next_cost - cost)
+            across = accuracy + share * (next_accuracy - accuracy)
+            fit.append((across, -limit, -(budget + share * (next_budget - budget))))
+    return -max(fit)[2] if fit else None
+
+
+def _round_up(share: float) -> str:
+    """To three digits, such that it can be asked for."""
+    return f"{math.ceil(1e3 * share) / 1e3:.3f}"
 
 
 def frontier(points: Sequence[Point], num_images: int) -> tuple[Point, ...]:

@@ -1,34 +1,35 @@
 """A bundle at work, without torch: the engine computes a stage, the host chooses, the engine computes the next.
 
     session = Session("bundle/")
-    out = session("photo.jpg", budget=0.4)        # or thresholds=, exit_confidence=, deadline_ms=
+    out = session("photo.jpg", budget=0.4)        # or ms=, joules=, thresholds=, exit_confidence=, deadline_ms=
     out.logits, out.macs, out.trace.kept          # as of `Iret.run`, as NumPy arrays
 
 The choice between two stages is the model's own code (`choice`), so the same patches are kept but for ties by rounding.
 
-Read first: `bundle`, `choice`, `stage`. The graphs: `iret.export.graphs`.
+Read first: `bundle`, `choice`, `stage`, `pace`. The graphs: `iret.export.graphs`.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from iret.runtime.bundle import ENGINES, Bundle
-from iret.runtime.choice import Choice, Layout, choose, to_importance, to_starts
+from iret.runtime.choice import Layout, choose, cut, to_importance
+from iret.runtime.controller import Decision
 from iret.runtime.cost import Shape, stage_macs
-from iret.runtime.engines import Graph, load_graph
+from iret.runtime.engines import Graph, check_threads, load_graph
 from iret.runtime.keep import check_rule, read_exits, read_strengths
-from iret.runtime.points import OperatingPoints, Point, Setting, check_budget, keep_all
+from iret.runtime.pace import Paces
+from iret.runtime.points import DeviceTable, OperatingPoints, Point, Setting, check_budget, keep_all
 from iret.runtime.preprocess import Source
 from iret.runtime.record import Record
-from iret.runtime.stage import Patches, Stage
-
-FORGETTING = 0.9  # of what earlier calls took
-DOUBT = 0.98  # a stage half as fast as it should be is tried again after 35 runs, one ten times too slow after 115
+from iret.runtime.stage import Batch, Stage
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,28 @@ class Output:
     trace: Trace
     time_s: float  # of all of it, preprocessing excepted
     engine_s: float  # of that, inside the engine
+    budget: np.ndarray | None = None  # float [B]: where the dial stood; None where thresholds were given
+    decision: Decision | None = None  # of the controller, where it was asked
+
+
+@runtime_checkable
+class Controls(Protocol):
+    """What turns the dial from call to call, such as `iret.pilot.Pilot`: a controller with sensors."""
+
+    def next(self, images: int) -> Decision:
+        """The budget of the next `images` images, asked before they are run."""
+
+    def note(self, time_s: float, images: int) -> None:
+        """They were answered, in `time_s` all together, reading photos excepted."""
 
 
 class Session:
-    """A bundle on one engine of this device. For one thread at a time; give each its own."""
+    """A bundle on one engine of this device.
+
+    Threads may share one: nothing of a run is kept here but what is learned of the pace. ONNX Runtime computes their calls side
+    by side, other engines in turn, and calls that ask a `controller` take turns as a whole. A deadline is best kept, and a clock
+    best measured, with one caller at a time.
+    """
 
     def __init__(
         self,
@@ -64,18 +83,21 @@ class Session:
         engine: str | None = None,
         *,
         threads: int | None = None,
+        controller: Controls | None = None,
         clock: Callable[[], float] = time.perf_counter,
         load: Callable[[str, Path, int | None], Graph] = load_graph,
     ) -> None:
         """`engine` None: the first that runs this kind of bundle. `threads` None: as many as the engine likes.
 
-        `clock` (seconds) and `load`, which makes a graph of a file, can be replaced: tests and calibration do.
+        `controller` is asked for the budget of every call that says nothing itself, and told what it took; calls with a
+        setting of their own go past it. `clock` (seconds) and `load`, which makes a graph of a file, can be replaced: tests do.
 
         Raises:
-            ValueError: a folder that is no bundle, a damaged file, an engine that does not run its kind.
+            ValueError: a folder that is no bundle, a damaged file, an engine that does not run its kind, threads below 1.
             ImportError: the engine is not installed.
         """
-        folder = Path(bundle)
+        check_threads(threads)
+        self._folder = folder = Path(bundle)
         self.bundle = Bundle.read(folder)
         self.bundle.verify(folder)
         able = ENGINES[self.bundle.kind]
@@ -85,14 +107,12 @@ class Session:
                 f"engine={engine!r} does not run a bundle of kind {self.bundle.kind!r}; choose from {', '.join(able)}, "
                 "or export the model in another format."
             )
-        self._clock = clock
+        self.threads, self._controller, self._clock = threads, controller, clock
         self._stages = [
             Stage(self.bundle, index, [(graph, load(self.engine, folder / graph.file, threads)) for graph in graphs])
             for index, graphs in enumerate(self.bundle.stages)
         ]
-        self._engine_s = 0.0
-        self._paces = [_Pace() for _ in self.shape.depths]
-        self._speed = 1.0  # seconds a MAC of the latest first stage; the paces are in units of it
+        self._paces, self._in_turn = Paces(len(self.shape.depths)), Lock()
 
     @property
     def shape(self) -> Shape:
@@ -106,11 +126,21 @@ class Session:
     def points(self) -> OperatingPoints | None:
         return self.bundle.points
 
+    @cached_property
+    def device(self) -> str:
+        """What a clock of this session holds for: processor, engine, threads and number format."""
+        from iret.doctor import processor_name  # slow to import
+
+        threads = "any threads" if self.threads is None else f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{processor_name()}, {self.engine}, {threads}, {self.bundle.precision}"
+
     def __call__(
         self,
         images: Source | Sequence[Source] | np.ndarray,
         budget: float | np.ndarray | None = None,
         *,
+        ms: float | None = None,
+        joules: float | None = None,
         thresholds: object = None,
         exit_confidence: object = None,
         deadline_ms: float | None = None,
@@ -119,19 +149,26 @@ class Session:
         """Look, choose, look again; each image on its own, whatever else is in the batch.
 
         `images`: a photo (path, bytes, PIL image), a list of photos, uint8 [Y, X, 3] or [B, Y, X, 3], which are preprocessed;
-        or float32 [B, C, Y, X], which are taken as they are. `budget` in (0, 1], one for all or [B], needs operating points;
-        `thresholds`, `exit_confidence` and `rule` are those of `Iret.run`.
+        or float32 [B, C, Y, X], which are taken as they are.
+
+        How much to look, at most one of: `budget` in (0, 1], the share of the full MACs to spend in the mean, one for all or
+        [B], one an image; `ms` or `joules` an image, in the mean at batch 1 on this engine here (`measure`); `thresholds`, as of
+        `Iret.run`, like `exit_confidence` and `rule`. Without any, the controller says, else the deadline, else everything.
 
         `deadline_ms`, for the whole batch, from this call on and with reading photos: the dearest point that should fit is
-        taken where none is given, and no stage is begun that would end too late, so the last head that could be afforded
-        answers. The first stage always runs.
+        taken where none is given, and no stage is begun that should end too late, so the last head that could be afforded
+        answers. The first stage always runs. A stage can take longer than it should, so the answer comes after the deadline at
+        most by what the last stage took (by less, if that was expected of it); or by reading and the first stage, where
+        reading alone takes too long.
 
         Raises:
             ValueError: images that do not fit or hold NaN, settings that do not fit, a bundle that cannot do what is asked.
         """
         check_rule(rule)
-        if budget is not None and thresholds is not None:
-            raise ValueError("give a budget or thresholds, not both.")
+        dials = {"budget": budget, "ms": ms, "joules": joules, "thresholds": thresholds}
+        given = [name for name, value in dials.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of budget, ms, joules and thresholds, not {' and '.join(given)}.")
         if rule != "threshold" and thresholds is None:
             raise ValueError(f"rule={rule!r} reads thresholds as its own strengths; give them.")
         if deadline_ms is not None and not deadline_ms > 0:
@@ -143,18 +180,33 @@ class Session:
             )
         until = np.inf if deadline_ms is None else self._clock() + deadline_ms / 1e3
         x = self._read(images)
+        if ms is not None or joules is not None:
+            budget = self.budget_for(ms=ms, joules=joules)
+        if given or self._controller is None:
+            return self._answer(x, budget, thresholds, exit_confidence, until, rule)
+        with self._in_turn:  # it is asked for so many images, and told of them, before it is asked again
+            decision = self._controller.next(len(x))
+            out = self._answer(x, decision.budget, None, exit_confidence, until, rule)
+            self._controller.note(out.time_s, len(x))
+        return replace(out, decision=decision)
+
+    def _answer(
+        self, x: np.ndarray, budget: Any, thresholds: object, exit_confidence: object, until: float, rule: str
+    ) -> Output:
         started = self._clock()
-        strengths, exits = self._settings(len(x), budget, thresholds, exit_confidence, until - started, rule)
-        self._engine_s = 0.0
+        batch = Batch(x, self.shape)
+        if budget is None and thresholds is None:
+            budget = 1.0 if until == np.inf else self._affordable(len(x), until - started)
+        budgets, strengths, exits = self._settings(len(x), budget, thresholds, exit_confidence, rule)
         if self.bundle.is_single:
-            record, stage_logits, importance = self._run_single(x, strengths)
+            record, stage_logits, importance = self._run_single(batch, strengths)
         else:
-            record, stage_logits, importance = self._run_staged(x, strengths, exits, until, rule)
+            record, stage_logits, importance = self._run_staged(batch, strengths, exits, until, rule)
         kept, refined = record.grids()
         trace = Trace(stage_logits, record.exits, kept, refined, importance)
         logits = stage_logits[record.exits, np.arange(len(x))]
         spent = record.macs(scored=np.asarray(strengths.any((1, 2))))
-        return Output(logits, spent, trace, self._clock() - started, self._engine_s)
+        return Output(logits, spent, trace, self._clock() - started, batch.engine_s, budgets)
 
     # ---- settings
 
@@ -163,39 +215,85 @@ class Session:
         check_budget(budget)
         if budget == 1:
             return keep_all(len(self.shape.depths) - 1)
+        return self._table(f"budget={budget:g}").setting(budget)
+
+    def budget_for(self, *, ms: float | None = None, joules: float | None = None) -> float:
+        """The budget that costs so many milliseconds or joules an image, in the mean at batch 1 on this engine here.
+
+        Raises:
+            ValueError: as `OperatingPoints.budget_for`; a session that was not measured.
+        """
+        check_number("ms", ms)
+        check_number("joules", joules)
+        table = self._table(f"ms={ms:g}" if ms is not None else f"joules={joules}")
+        if all(other.device != self.device for other in table.devices):
+            known = "; ".join(other.device for other in table.devices) or "none"
+            raise ValueError(
+                f"no clock was measured on this engine and device ({self.device}); known: {known}. Call session.measure() once, "
+                "and session.save() to keep what it finds in the bundle."
+            )
+        return table.budget_for(self.device, ms=ms, joules=joules)
+
+    def measure(
+        self, images: Source | Sequence[Source] | np.ndarray | None = None, *, seconds: float = 20.0
+    ) -> DeviceTable:
+        """Time every operating point on this engine here, for some `seconds`; `ms` and `joules` are looked up there from now on.
+
+        On `images`, as `__call__` takes them; None: on noise, which is made to do what held-out images did at every point.
+        Joules are estimated (`iret.measure.estimate`). Meanwhile nobody else should call.
+
+        Raises:
+            ValueError: no operating points, none that can be replayed, images that do not fit.
+        """
+        from iret.runtime.timing import measure_session  # seldom needed, and not to slow down loading
+
+        points = self._table("a clock")
+        table = measure_session(self, points, None if images is None else self._read(images), seconds)
+        self.bundle = replace(self.bundle, points=points.with_device(table))
+        return table
+
+    def save(self) -> None:
+        """Write `bundle.json` again, with what was measured; a device needs to be measured once only.
+
+        Raises:
+            OSError: it cannot be written; the old one stays.
+        """
+        self.bundle.write(self._folder)
+
+    def _table(self, asker: str) -> OperatingPoints:
         if self.points is None:
             raise ValueError(
-                f"budget={budget:g} needs operating points, and this bundle has none; run `iret calibrate MODEL` and export "
+                f"{asker} needs operating points, and this bundle has none; run `iret calibrate MODEL` and export "
                 "the model again, or give thresholds."
             )
-        return self.points.setting(budget)
+        return self.points
 
     def _settings(
-        self, batch: int, budget: Any, thresholds: object, exit_confidence: object, seconds: float, rule: str
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Strengths [B, transitions, 2] and exits [B, transitions] or None."""
+        self, batch: int, budget: Any, thresholds: object, exit_confidence: object, rule: str
+    ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
+        """Budgets [B] or None, strengths [B, transitions, 2] and exits [B, transitions] or None."""
         transitions = len(self.shape.depths) - 1
-        if thresholds is None and budget is None:
-            budget = self._affordable(batch, seconds) if np.isfinite(seconds) else 1.0
+        own = budgets = None
         if thresholds is not None:
-            strengths, own = read_strengths(thresholds, batch, transitions, rule), None
+            strengths = read_strengths(thresholds, batch, transitions, rule)
         else:
-            budgets = np.asarray(budget, dtype=np.float64)
-            if budgets.shape not in ((), (batch,)):
-                raise ValueError(f"budget of shape {budgets.shape} does not fit {batch} images; give one each.")
-            settings = [self.setting(float(each)) for each in budgets.ravel()]
+            asked = np.asarray(budget, dtype=np.float64)
+            if asked.shape not in ((), (batch,)):
+                raise ValueError(f"budget of shape {asked.shape} does not fit {batch} images; give one each.")
+            settings = [self.setting(float(each)) for each in asked.ravel()]
             rows = np.concatenate([read_strengths(each.thresholds, 1, transitions) for each in settings])
             strengths = np.broadcast_to(rows, (batch, transitions, 2))
+            budgets = np.broadcast_to(asked, batch)
             leaves = [each.exit_confidence for each in settings]
-            own = None
             if any(each is not None for each in leaves):
                 own = np.array([np.inf if each is None else each for each in leaves])
                 own = np.broadcast_to(own[:, None], (batch, transitions))
-        return strengths, own if exit_confidence is None else read_exits(exit_confidence, batch, transitions)
+        exits = own if exit_confidence is None else read_exits(exit_confidence, batch, transitions)
+        return budgets, strengths, exits
 
     def _affordable(self, batch: int, seconds: float) -> float:
         """The largest budget whose points should take at most `seconds` for a batch; the cheapest if none does."""
-        if self.points is None or not all(pace.is_known for pace in self._paces):
+        if self.points is None or not self._paces.are_known:
             return 1.0
         shares = self.points.shares  # cheapest first, points dearest first
         for share, point in zip(shares[::-1], self.points.points, strict=True):
@@ -206,21 +304,21 @@ class Session:
     def _predict(self, point: Point, batch: int) -> float:
         """Seconds of so many mean images at `point`, by what calls have taken so far."""
         kept = (self.shape.num_patches, *point.kept_mean[1:])
-        return self._speed * sum(
-            pace.predict(batch * float(stage_macs(self.shape, stage, count, count, scored=True)))
-            for stage, (pace, count) in enumerate(zip(self._paces, kept, strict=True))
+        return self._paces.speed * sum(
+            self._paces.predict(stage, batch * float(stage_macs(self.shape, stage, count, count, scored=True)))
+            for stage, count in enumerate(kept)
         )
 
     # ---- running
 
     def _run_staged(
-        self, images: np.ndarray, strengths: np.ndarray, exits: np.ndarray | None, until: float, rule: str
+        self, images: Batch, strengths: np.ndarray, exits: np.ndarray | None, until: float, rule: str
     ) -> tuple[Record, np.ndarray, np.ndarray]:
         """The record, logits [S, B, classes] and importance [S - 1, B, rows, columns]."""
-        shape, batch = self.shape, len(images)
+        shape, batch = self.shape, len(images.images)
         num_stages, num_cells = len(shape.depths), shape.num_patches
         layout, drops = Layout.whole(batch, num_cells), bool(strengths.any())
-        record, patches = Record(shape, batch), Patches(images, shape)
+        record, paces, speed = Record(shape, batch), self._paces, self._paces.speed
         stage_logits = np.full((num_stages, batch, shape.num_classes), np.nan, np.float32)
         importance = np.full((num_stages - 1, batch, num_cells), np.nan)
         refined_T: np.ndarray | None = None
@@ -228,15 +326,14 @@ class Session:
         for index, stage in enumerate(self._stages):
             macs = stage.macs(layout)
             began = self._clock()
-            if index and began + self._speed * self._paces[index].predict(macs) > until:
-                self._paces[index].doubt()
+            if index and began + speed * paces.predict(index, macs) > until:
+                paces.doubt(index)
                 break
-            x_TD, received_T, logits = stage.run(patches, x_TD, layout, refined_T)
+            x_TD, received_T, logits = stage.run(images, x_TD, layout, refined_T)
             took = self._clock() - began
-            self._engine_s += stage.engine_s
             if index == 0:
-                self._speed = took / macs or self._speed  # a clock too coarse to see it
-            self._paces[index].learn(macs, took / self._speed)
+                speed = paces.speed = took / macs or speed  # a clock too coarse to see it
+            paces.learn(index, macs, took / speed)
             record.add(index, layout, refined_T)
             stage_logits[index, layout.images] = logits
             if index == num_stages - 1:
@@ -256,22 +353,21 @@ class Session:
                     is_patch = layout.cell_T >= 0
                     importance[index, layout.image_T()[is_patch], layout.cell_T[is_patch]] = importance_T[is_patch]
                 choice = choose(importance_T, layout, strengths[layout.images, index], rule, shape.min_keep)
-                x_TD, layout, refined_T = _cut(x_TD, layout, choice)
+                x_TD, layout, refined_T = cut(x_TD, layout, choice)
         return record, stage_logits, importance.reshape(num_stages - 1, batch, *shape.grid)
 
-    def _run_single(self, images: np.ndarray, strengths: np.ndarray) -> tuple[Record, np.ndarray, np.ndarray]:
-        shape, batch = self.shape, len(images)
+    def _run_single(self, images: Batch, strengths: np.ndarray) -> tuple[Record, np.ndarray, np.ndarray]:
+        shape, batch = self.shape, len(images.images)
         num_stages, record = len(shape.depths), Record(shape, batch)
         stage_logits = np.full((num_stages, batch, shape.num_classes), np.nan, np.float32)
         importance = np.full((num_stages - 1, batch, shape.num_patches), np.nan)
-        self._stages[0].engine_s = 0.0
         for row in range(batch):
-            logits, kept, refined, seen = self._stages[0].call([images[row, None], strengths[row].astype(np.float32)])
+            inputs = [images.images[row, None], strengths[row].astype(np.float32)]
+            logits, kept, refined, seen = self._stages[0].call(images, inputs)
             stage_logits[-1, row] = logits[0]
             record.kept[:, row], record.refined[:, row] = kept > 0, refined > 0
             importance[:, row] = np.where(record.kept[:-1, row], seen, np.nan)
         record.stages_run = num_stages
-        self._engine_s = self._stages[0].engine_s
         return record, stage_logits, importance.reshape(num_stages - 1, batch, *shape.grid)
 
     def _read(self, images: Source | Sequence[Source] | np.ndarray) -> np.ndarray:
@@ -288,50 +384,12 @@ class Session:
         return np.ascontiguousarray(images)
 
 
-class _Pace:
-    """Time of a stage as a line over its MACs, fitted to the calls so far, the latest of which weigh most.
-
-    In units of the first stage's seconds a MAC in the same run: a slow moment of the machine is not taken for the stage's.
-    """
-
-    def __init__(self) -> None:
-        self._sums = [0.0] * 5  # of 1, macs, seconds, macs^2, macs * seconds
-
-    @property
-    def is_known(self) -> bool:
-        return self._sums[0] > 0
-
-    def learn(self, macs: float, seconds: float) -> None:
-        latest = (1.0, macs, seconds, macs * macs, macs * seconds)
-        self._sums = [FORGETTING * earlier + new for earlier, new in zip(self._sums, latest, strict=True)]
-
-    def doubt(self) -> None:
-        """It was not begun for want of time: believe a little less of what it took, or one slow call would bar it for good."""
-        for place in (2, 4):
-            self._sums[place] *= DOUBT
-
-    def predict(self, macs: float) -> float:
-        """Time, 0 or more; 0 while nothing is known."""
-        if not self.is_known:
-            return 0.0
-        mean_macs, mean_s, mean_square, mean_product = (each / self._sums[0] for each in self._sums[1:])
-        spread = mean_square - mean_macs**2
-        through_zero = mean_s / mean_macs
-        if spread < 1e-6 * mean_square:  # all calls were alike
-            return through_zero * macs
-        slope = min(max(0.0, (mean_product - mean_macs * mean_s) / spread), through_zero)
-        return mean_s + slope * (macs - mean_macs)
-
-
-def _cut(x_TD: np.ndarray, layout: Layout, choice: Choice) -> tuple[np.ndarray, Layout, np.ndarray | None]:
-    """The tokens that stay, in image order, and which of them are refined."""
-    rows = choice.kept_T.nonzero()[0]
-    if layout.is_one:
-        starts = np.array([0, len(rows)])
-    else:
-        starts = to_starts(np.add.reduceat(choice.kept_T, layout.starts[:-1], dtype=np.int64))
-    refined = None if choice.refined_T is None else choice.refined_T[rows]
-    return x_TD.take(rows, axis=0), Layout(layout.cell_T[rows], starts, layout.images), refined
+def check_number(name: str, value: object) -> None:
+    """Raises ValueError for what is neither None nor one number."""
+    if value is not None and not isinstance(value, (int, float, np.number)):
+        raise ValueError(
+            f"{name}={value!r} must be one number; for one an image give budget=[session.budget_for({name}=...), ...]."
+        )
 
 
 def _confidence(logits: np.ndarray) -> np.ndarray:

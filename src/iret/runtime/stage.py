@@ -26,7 +26,6 @@ class Stage:
     def __init__(self, bundle: Bundle, index: int, graphs: list[tuple[GraphFile, Graph]]) -> None:
         self._shape, self._index, self._max_batch = bundle.shape, index, bundle.max_batch
         self._graphs = sorted(graphs, key=lambda each: each[0].tokens or 0)
-        self.engine_s = 0.0  # of the latest `run` or `call`
         self._steps = np.arange(1 + bundle.shape.num_patches, dtype=np.int64)
         macs = stage_macs(bundle.shape, index, self._steps, self._steps, scored=True)
         self._macs = np.asarray(macs, dtype=np.float64)  # of one image, by the patches it has
@@ -35,23 +34,22 @@ class Stage:
         """Of all images of `layout` in this stage, every patch refined."""
         return float(self._macs[len(layout.cell_T) - 1] if layout.is_one else self._macs[layout.counts - 1].sum())
 
-    def call(self, inputs: list[np.ndarray], width: int = 0) -> list[np.ndarray]:
-        """The graph that takes `width` tokens an image."""
+    def call(self, batch: "Batch", inputs: list[np.ndarray], width: int = 0) -> list[np.ndarray]:
+        """The graph that takes `width` tokens an image, its time noted at `batch`."""
         graph = next(graph for file, graph in self._graphs if file.tokens in (None, width))
         began = time.perf_counter()
         outputs = graph(inputs)
-        self.engine_s += time.perf_counter() - began
+        batch.engine_s += time.perf_counter() - began
         return outputs
 
     def run(
-        self, patches: "Patches", x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
+        self, batch: "Batch", x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens and received attention, packed, and logits, an image a row. `refined_T` None: every patch with a token."""
-        self.engine_s = 0.0
         if layout.is_one and not self._is_fixed:
-            return self._run_one(patches, x_TD, layout, refined_T)
+            return self._run_one(batch, x_TD, layout, refined_T)
         groups = self._groups(layout.counts)
-        found = [self._run_group(group, patches, x_TD, layout, refined_T) for group in groups]
+        found = [self._run_group(group, batch, x_TD, layout, refined_T) for group in groups]
         if len(found) == 1:
             return found[0]
         back = np.argsort(np.concatenate(groups))
@@ -65,12 +63,12 @@ class Stage:
         return np.concatenate(x)[rows], np.concatenate(received)[rows], np.concatenate(logits)[back]
 
     def _run_one(
-        self, patches: "Patches", x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
+        self, batch: "Batch", x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`_run_group` for one image alone, in fewer steps: at batch 1 the engine waits for every one of them."""
         owner, cell_T = layout.images[0], layout.cell_T
         if not self._index:
-            return _unpack(self.call([patches.images[owner, None]]), None)
+            return _unpack(self.call(batch, [batch.images[owner, None]]), None)
         if refined_T is None:
             index, source = cell_T[1:], self._steps[: len(cell_T)]
         else:
@@ -79,16 +77,16 @@ class Stage:
             source[places] = self._steps[1 : len(places) + 1]
         if owner:
             index = index + owner * self._shape.num_patches
-        pixels = patches.read(index, len(index) + 1)
+        pixels = batch.read(index, len(index) + 1)
         bias = np.zeros((1, len(cell_T)), np.float32)
-        return _unpack(self.call([x_TD[None], cell_T[None], pixels, source[None], bias]), None)
+        return _unpack(self.call(batch, [x_TD[None], cell_T[None], pixels, source[None], bias]), None)
 
     def _run_group(
-        self, group: np.ndarray, patches: "Patches", x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
+        self, group: np.ndarray, batch: "Batch", x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One call for the images at these places of `layout`."""
         if not self._index:
-            return _unpack(self.call([patches.images[layout.images[group]]], 1 + self._shape.num_patches), None)
+            return _unpack(self.call(batch, [batch.images[layout.images[group]]], 1 + self._shape.num_patches), None)
         counts = layout.counts[group]
         width = self._width(int(counts.max()))
         cell_T, is_live = layout.cell_T, None
@@ -105,10 +103,10 @@ class Stage:
             bias = np.where(is_live, np.float32(0), np.float32(MASKED))
         image, token = is_read.nonzero()
         index = layout.images[group][image] * self._shape.num_patches + cell[image, token]
-        pixels = patches.read(index, is_read.size if self._is_fixed else len(index) + 1)
+        pixels = batch.read(index, is_read.size if self._is_fixed else len(index) + 1)
         source = np.zeros(form, np.int64)
         source[image, token] = np.arange(1, len(index) + 1)
-        return _unpack(self.call([x, cell, pixels, source, bias], width), is_live)
+        return _unpack(self.call(batch, [x, cell, pixels, source, bias], width), is_live)
 
     @property
     def _is_fixed(self) -> bool:
@@ -131,11 +129,12 @@ class Stage:
         return group_by_count(widths, self._macs[widths - 1], float(MACS_A_WEIGHT * weights), limit)
 
 
-class Patches:
-    """A batch of images, and their patches, cut out when the first of them is looked at again."""
+class Batch:
+    """The images of one run, and their patches, cut out when the first of them is looked at again."""
 
     def __init__(self, images: np.ndarray, shape: Shape) -> None:
         self.images, self._shape = images, shape
+        self.engine_s = 0.0  # that the engine took for them so far
         self._rows: np.ndarray | None = None  # zeros, then the patches, image after image
 
     def read(self, index: np.ndarray, room: int) -> np.ndarray:

@@ -1,0 +1,50 @@
+"""How long stages take, learned while they run: what a deadline is kept by.
+
+Time of a stage as a line over its MACs, fitted to the calls so far, the latest of which weigh most. It is counted in units of
+the first stage's seconds a MAC in the same run: a slow moment of the whole machine is not taken for the stage's.
+"""
+
+from threading import Lock
+
+FORGETTING = 0.9  # of what earlier calls took
+DOUBT = 0.98  # a stage half as fast as it should be is tried again after 35 runs, one ten times too slow after 115
+
+
+class Paces:
+    """What every stage of one session has taken. Threads may share it."""
+
+    def __init__(self, num_stages: int) -> None:
+        self._sums: list[tuple[float, ...]] = [(0.0,) * 5] * num_stages  # of 1, macs, time, macs^2, macs * time
+        self._lock = Lock()  # a fit is replaced whole, so reading one needs no lock
+        self.speed = 1.0  # seconds a MAC of the latest first stage: the unit of time
+
+    @property
+    def are_known(self) -> bool:
+        """Whether every stage has run."""
+        return all(sums[0] > 0 for sums in self._sums)
+
+    def learn(self, stage: int, macs: float, time: float) -> None:
+        """A call took so long."""
+        latest = (1.0, macs, time, macs * macs, macs * time)
+        with self._lock:
+            earlier = self._sums[stage]
+            self._sums[stage] = tuple(FORGETTING * old + new for old, new in zip(earlier, latest, strict=True))
+
+    def doubt(self, stage: int) -> None:
+        """It was not begun for want of time: believe a little less of what it took, or one slow call would bar it for good."""
+        with self._lock:
+            count, macs, time, square, product = self._sums[stage]
+            self._sums[stage] = (count, macs, DOUBT * time, square, DOUBT * product)
+
+    def predict(self, stage: int, macs: float) -> float:
+        """Time, 0 or more; 0 while nothing is known."""
+        count, *sums = self._sums[stage]
+        if not count:
+            return 0.0
+        mean_macs, mean_time, mean_square, mean_product = (each / count for each in sums)
+        spread = mean_square - mean_macs**2
+        through_zero = mean_time / mean_macs
+        if spread < 1e-6 * mean_square:  # all calls were alike
+            return through_zero * macs
+        slope = min(max(0.0, (mean_product - mean_macs * mean_time) / spread), through_zero)
+        return mean_time + slope * (macs - mean_macs)

@@ -1,0 +1,69 @@
+"""What the host notes of a run: masks, exits one after another, and MACs that add up. With answers: tests/test_output.py."""
+
+import numpy as np
+
+from iret.runtime.choice import Layout
+from iret.runtime.cost import Shape, plan_macs
+from iret.runtime.record import Record
+
+# Three stages on a grid of 2 x 3 patches of 4 px.
+SHAPE = Shape(
+    img_size=(8, 12), patch_size=4, in_chans=1, num_classes=2, embed_dims=(8, 8, 16), depths=(1, 1, 1), head_dim=8
+)
+
+
+def layout(images: list[int], *cells: list[int], live: list[bool] | None = None) -> Layout:
+    rows = [[-1, *each] for each in cells]
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    return Layout(np.concatenate(rows), starts, np.array(images), None if live is None else np.array(live))
+
+
+def test_every_image_costs_what_its_own_way_costs():
+    """One leaves after each stage; the last refines a part of what it keeps."""
+    record = Record(SHAPE, 3)
+    record.add(0, Layout.whole(3, 6), None)
+    record.add(1, layout([0, 2], [0, 1, 2, 5], [3, 4]), np.array([False, True, False, False, True, False, True, True]))
+    record.add(2, layout([2], [4]), None)
+    assert record.exits.tolist() == [1, 0, 2]
+    ways = (((6, 4), (0, 2)), ((6,), (0,)), ((6, 2, 1), (0, 2, 1)))
+    assert record.macs(scored=True).tolist() == [plan_macs(SHAPE, *way, scored=True) for way in ways]
+    kept, refined = record.grids()
+    assert kept.shape == refined.shape == (3, 3, 2, 3)
+    assert kept[1, 0].tolist() == [[True, True, True], [False, False, True]]
+    assert refined[1, 0].tolist() == [[True, False, False], [False, False, True]]
+    assert not kept[1:, 1].any()
+
+
+def test_images_that_leave_late_are_answered_by_the_last_stage_they_passed():
+    record = Record(SHAPE, 3)
+    record.add(0, Layout.whole(3, 6), None)
+    record.add(1, Layout.whole(3, 6), None)
+    record.add(2, layout([1], [0, 3]), None)
+    assert record.exits.tolist() == [1, 2, 1]
+
+
+def test_masked_patches_were_not_looked_at():
+    record = Record(SHAPE, 1)
+    record.add(0, Layout.whole(1, 6), None)
+    record.add(1, layout([0], range(6), live=[True, True, False, True, False, False, True]), None)
+    kept, refined = record.grids()
+    assert kept[1, 0].tolist() == refined[1, 0].tolist() == [[True, False, True], [False, False, True]]
+
+
+def test_details_never_enter_in_the_first_stage_and_later_at_every_patch_unless_said():
+    record = Record(SHAPE, 2)
+    record.add(0, Layout.whole(2, 6), None)
+    record.add(1, Layout.whole(2, 6), None)
+    assert not record.refined[0].any()
+    assert record.refined[1].all()
+    assert record.exits.tolist() == [1, 1]  # nobody went on: a deadline
+
+
+def test_images_that_were_not_choosing_are_counted_without_it():
+    record = Record(SHAPE, 2)
+    for stage in range(3):
+        record.add(stage, Layout.whole(2, 6), None)
+    everything = ((6, 6, 6), (0, 6, 6))
+    counted = record.macs(scored=np.array([True, False])).tolist()
+    assert counted == [plan_macs(SHAPE, *everything, scored=scored) for scored in (True, False)]
+    assert counted[0] > counted[1]

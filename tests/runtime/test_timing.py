@@ -1,0 +1,138 @@
+"""What is timed of a session's operating points, and what comes into its table. On a pretended engine: test_session."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from iret.measure.estimate import HOROWITZ, estimate_joules
+from iret.runtime import timing
+from iret.runtime.cost import Shape, block_linears, numbers_moved, plan_macs
+from iret.runtime.points import OperatingPoints, Plan, Point
+from iret.runtime.timing import MAX_ROUNDS, MIN_ROUNDS, estimate_image, fit, measure_session, replay, spread
+
+# 64 patches of 4 x 4, three stages
+SHAPE = Shape(
+    img_size=(32, 32), patch_size=4, in_chans=3, num_classes=3, embed_dims=(8, 16, 24), depths=(1, 1, 1), head_dim=8
+)
+PLAN = Plan((64, 40, 10), (0, 30, 10))
+
+
+def point(keep: float, *plans: Plan, leaves: float | None = None) -> Point:
+    return Point(
+        thresholds=((keep, keep),) * 2,
+        exit_confidence=leaves,
+        accuracy=0.5,
+        macs_mean=1.0,
+        macs_p95=1.0,
+        kept_mean=(64.0,) * 3,
+        plans=plans,
+    )
+
+
+class Pretender:
+    """A session that notes what it is asked, and keeps of every image what `PLAN` says."""
+
+    def __init__(self, precision: str = "float32", is_single: bool = False) -> None:
+        self.shape, self.device, self.calls = SHAPE, "here", []
+        self.bundle = SimpleNamespace(precision=precision, is_single=is_single)
+
+    def __call__(self, images, **asked):
+        self.calls.append((images, asked))
+        kept, refined = np.zeros((2, 3, 1, 64), bool)
+        for stage in range(3):
+            kept[stage, 0, : PLAN.kept[stage]] = refined[stage, 0, : PLAN.refined[stage]] = True
+        grids = [each.reshape(3, 1, 8, 8) for each in (kept, refined)]
+        return SimpleNamespace(trace=SimpleNamespace(exit_stage=np.array([2]), kept=grids[0], refined=grids[1]))
+
+
+def table(*points: Point) -> OperatingPoints:
+    return OperatingPoints(data="", num_images=1, full_macs=1, points=points)
+
+
+def test_every_point_is_timed_on_noise_that_does_what_its_images_did():
+    session = Pretender()
+    found = measure_session(session, table(point(0.0, PLAN), point(1.0, PLAN, PLAN)), None, 1e-9)
+    assert found.device == "here"
+    assert len(found.ms_mean) == len(found.joules) == 2
+    assert all(p50 <= p95 for p50, p95 in zip(found.ms_p50, found.ms_p95, strict=True))
+    assert all(image.shape == (1, 3, 32, 32) and asked["rule"] == "topk" for image, asked in session.calls)
+
+
+def test_images_that_are_given_are_run_at_the_points_themselves():
+    session, images = Pretender(is_single=True), np.zeros((2, 3, 32, 32), np.float32)
+    found = measure_session(session, table(point(0.8, leaves=0.9)), images, 1.0)
+    thresholds, leaves = ((0.8, 0.8),) * 2, 0.9
+    assert all(asked == {"thresholds": thresholds, "exit_confidence": leaves} for _, asked in session.calls)
+    assert found.joules == (pytest.approx(estimate_image(SHAPE, "float32", point(0.8), PLAN)),)
+    assert found.rounds == MAX_ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("is_single", "plans", "seconds", "sentence"),
+    [
+        (False, (), 1.0, "these points hold no plans to replay; give session.measure some images"),
+        (True, (PLAN,), 1.0, "one graph cannot replay plans; give session.measure some images"),
+        (False, (PLAN,), 0.0, "seconds=0 must be above 0"),
+        (False, (PLAN,), float("nan"), "seconds=nan must be above 0"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(is_single, plans, seconds, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        measure_session(Pretender(is_single=is_single), table(point(1.0, *plans)), None, seconds)
+
+
+# ---- replaying
+
+
+def test_an_image_that_left_leaves_again_and_keeps_its_counts_until_then():
+    asked = replay(SHAPE, point(1.0, leaves=0.9), Plan((64, 16), (0, 8)))
+    assert asked["thresholds"][0, 0] == pytest.approx([1 - 16 / 64, 1 - 8 / 64])
+    assert asked["exit_confidence"].tolist() == [[np.inf, 0.0]]
+
+
+def test_a_point_that_chooses_is_timed_with_choosing_even_where_nothing_is_dropped():
+    everything = Plan((64, 64, 64), (0, 64, 64))
+    assert (replay(SHAPE, point(0.1), everything)["thresholds"] > 0).all()
+    assert not replay(SHAPE, point(0.0), everything)["thresholds"].any()
+    assert replay(SHAPE, point(0.0), everything)["exit_confidence"] is None
+
+
+# ---- what fits the time
+
+
+@pytest.mark.parametrize(
+    ("call_s", "num_calls", "num_rounds"),
+    [(0.01, 24, 15), (0.1, 24, 5), (0.2, 18, 3), (0.5, 6, 4), (5.0, 2, 3)],  # 30 s are (1 + rounds) * 2 calls a plan
+)
+def test_slow_sessions_are_timed_on_fewer_plans_and_never_on_fewer_rounds(monkeypatch, call_s, num_calls, num_rounds):
+    now = [0.0]
+    work = {(row, column): lambda: now.append(now[-1] + call_s) for row in (0, 1) for column in range(12)}
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[-1])
+    chosen, rounds = fit(work, 2, 30.0)
+    assert (len(chosen), rounds) == (num_calls, num_rounds)
+    assert rounds >= MIN_ROUNDS
+    assert [sum(row == each for row, _ in chosen) for each in (0, 1)] == [num_calls / 2] * 2
+
+
+def test_plans_that_stay_are_the_middles_of_equal_shares():
+    assert spread(12, 12) == list(range(12))
+    assert spread(12, 3) == [2, 6, 10]
+    assert spread(1, 1) == [0]
+
+
+# ---- joules
+
+
+def test_joules_are_those_of_the_counted_work():
+    work, moved = plan_macs(SHAPE, *vars(PLAN).values(), scored=True), numbers_moved(SHAPE, PLAN.kept, PLAN.refined)
+    assert estimate_image(SHAPE, "float32", point(1.0), PLAN) == pytest.approx(estimate_joules(work, 4 * moved))
+    assert estimate_image(SHAPE, "float32", point(0.0), PLAN) < estimate_image(SHAPE, "float32", point(1.0), PLAN)
+
+
+def test_int8_takes_the_blocks_products_and_weights_for_less():
+    weights, rounded = block_linears(SHAPE, PLAN.kept)
+    saved = estimate_joules(rounded, 4 * weights) - estimate_joules(rounded, weights, constants=HOROWITZ["int8"])
+    full, less = (estimate_image(SHAPE, precision, point(1.0), PLAN) for precision in ("float32", "int8"))
+    assert full - less == pytest.approx(saved)
+    assert measure_session(Pretender("int8"), table(point(1.0, PLAN)), None, 1e-9).energy_source == "estimate:int8"
