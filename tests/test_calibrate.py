@@ -235,7 +235,7 @@ def test_a_replay_does_the_work_of_its_plan(monkeypatch):
     note = lambda *args, **kinds: asked.append((args, kinds)) or SimpleNamespace(logits=None)  # noqa: E731
     for point in table.points:
         scored = bool(np.any(point.thresholds))
-        for plan in point.plans:
+        for plan in point.plans[::3]:
             asked.clear()
             with monkeypatch.context() as patched:
                 patched.setattr(model, "look", note)
@@ -262,15 +262,15 @@ def test_a_search_that_goes_on_runs_nothing_twice(tmp_path, monkeypatch):
     assert file.read_text() == whole
 
 
-@pytest.mark.parametrize("cut", [0.1, 0.5, 0.9, 0.999])
-def test_a_search_whose_file_was_cut_off_ends_at_the_same_table(tmp_path, cut):
+def test_a_search_whose_file_was_cut_off_anywhere_ends_at_the_same_table(tmp_path):
     model, file = make_model(), tmp_path / "search.jsonl"
     data = make_data(model)
     table = calibrate(model, data, data_name="mine", memory_path=file)
     whole = file.read_bytes()
-    file.write_bytes(whole[: int(cut * len(whole))])
-    assert calibrate(model, data, data_name="mine", memory_path=file) == table
-    assert file.read_bytes() == whole
+    for cut in (0.1, 0.5, 0.9, 0.999):
+        file.write_bytes(whole[: int(cut * len(whole))])
+        assert calibrate(model, data, data_name="mine", memory_path=file) == table
+        assert file.read_bytes() == whole
 
 
 def fingerprint_of(model: Iret, data: ImageData, num_images: int = 8) -> str:

@@ -98,6 +98,13 @@ def test_a_model_that_serves_the_full_budget_alone_gets_a_card_of_that(tmp_path,
     assert [row[0] for row in rows(write(make_model(*shares), tmp_path), "Accuracy and cost")] == ["1"]
 
 
+def test_the_table_says_which_images_a_head_is_judged_on(tmp_path):
+    text = write(make_model(1.001, 0.5), tmp_path)
+    assert (
+        "| budget | top-1 | of full MACs | patches a stage | each head, of the images that got there |\n|---|" in text
+    )
+
+
 def test_figures_are_those_of_the_scores(tmp_path, monkeypatch):
     random_accuracies = iter([0.5, 0.7, 0.6] * 3)  # three seeds for each of three shares
     seeds = []

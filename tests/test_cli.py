@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import iret
-from iret import cli, clock
+from iret import calibrate, cli, clock
 from iret.doctor import describe_device
 from iret.model import Iret
 from iret.runtime.cost import full_macs
@@ -18,7 +18,21 @@ from iret.runtime.points import DeviceTable, OperatingPoints, Point
 from iret.train import recipe as recipes
 from iret.verbs import console
 
-VERBS = ["predict", "train", "eval", "calibrate", "bench", "simulate", "export", "card", "demo", "list", "doctor"]
+VERBS = [
+    "predict",
+    "train",
+    "eval",
+    "calibrate",
+    "bench",
+    "simulate",
+    "export",
+    "serve",
+    "page",
+    "card",
+    "demo",
+    "list",
+    "doctor",
+]
 
 
 def make_model(folder: Path, has_points: bool = True) -> Iret:
@@ -140,7 +154,7 @@ def test_predict_says_in_json_what_the_model_answers(tmp_path, capsys):
 )
 def test_the_dials_reach_the_model(tmp_path, monkeypatch, typed, thresholds, confidence):
     make_model(tmp_path / "m")
-    monkeypatch.setattr("iret.predict.warm_up", lambda model: None)
+    monkeypatch.setattr("iret.predict.warm_up", lambda model, setting: None)
     photo, asked = make_photo(tmp_path / "p.png"), asked_of_the_model(monkeypatch)
     assert cli.main(["predict", photo, "--model", str(tmp_path / "m"), *typed.split()]) == 0
     assert set(asked) == {(thresholds, confidence)}
@@ -203,7 +217,10 @@ def test_eval_in_json_holds_the_scores_of_the_settings(tmp_path, capsys):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The fewest rounds that a clock takes."""
+    """Few evaluations, few points, and the fewest rounds that a clock takes."""
+    monkeypatch.setattr(calibrate, "SEARCH_RUNGS", (0.0, 1.0))
+    monkeypatch.setattr(calibrate, "FIRST_RUNGS", (0.0, 1.0))
+    monkeypatch.setattr(calibrate, "LARGEST_GAP", 0.4)
     monkeypatch.setattr(clock, "TIME_LIMIT_S", 0.0)
 
 
@@ -304,7 +321,7 @@ def test_a_goal_lets_the_controller_choose_and_says_why(tmp_path, capsys, monkey
 
 def test_leaving_early_goes_with_a_goal(tmp_path, monkeypatch):
     with_clock(tmp_path / "m")
-    monkeypatch.setattr("iret.predict.warm_up", lambda model: None)
+    monkeypatch.setattr("iret.predict.warm_up", lambda model, setting: None)
     asked, line = asked_of_the_model(monkeypatch), ["predict", make_photo(tmp_path / "p.png"), "--deadline", "5"]
     assert cli.main([*line, "--model", str(tmp_path / "m"), "--exit-confidence", "0.7"]) == 0
     assert asked == [(((1.0, 1.0), (1.0, 1.0)), 0.7)]
@@ -336,7 +353,7 @@ def test_card_writes_the_card_beside_the_weights(tmp_path, capsys):
     assert "2 classes of d:" in text
 
 
-def test_train_leaves_a_model_and_says_how_it_ended(tmp_path, capsys, monkeypatch):
+def test_train_leaves_a_model_and_says_how_it_ended(tmp_path, capsys, monkeypatch, quick):
     small = recipes.Recipe(name="small", model="iret_pico", epochs=1.0, batch_size=4, lr=1e-3, precision="32-true")
     monkeypatch.setitem(recipes.RECIPES, "small", lambda: small)
     out = tmp_path / "out"
@@ -426,7 +443,7 @@ def mistake(tmp_path: Path, capsys, line: str) -> str:
         ("p.png --deadline 5", "no clock was measured on this device"),
         ("p.png --deadline 5 --model bare", "bare has no operating points to choose from; run `iret calibrate` first"),
         ("p.png --deadline 5 --budget 0.5", "goals let a controller turn the dial; leave out --budget"),
-        ("p.png --battery 8", "hours and images_per_second belong together"),
+        ("p.png --battery 8", "--battery 8 needs --rate"),
         ("p.png --battery-wh 20", "--battery-wh tells of the battery; say with --battery how long it must last"),
         ("p.png --rate 1 --deadline 5", "--rate tells of the battery; say with --battery how long"),
         ("p.png --idle-watts 1 --budget 0.5", "--idle-watts tells of the battery"),

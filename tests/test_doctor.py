@@ -47,7 +47,14 @@ def test_the_text_shows_every_version_and_note():
         "devices": {"cpu": "Some Processor"},
         "threads": {"num_processors": 2, "GOMP_SPINCOUNT": None},
         "extras": {
-            "torch": {"for": "models", "missing": ["a", "b", "c", "torch"], "install": "pip install 'iret[torch]'"}
+            "torch": {
+                "for": "models",
+                "missing": ["a", "b", "c", "torch"],
+                "broken": [],
+                "install": "pip install 'iret[torch]'",
+            },
+            "timm": {"for": "methods", "missing": [], "broken": ["timm"], "install": "pip install 'iret[timm]'"},
+            "data": {"for": "data sets", "missing": [], "broken": [], "install": "pip install 'iret[data]'"},
         },
         "meters": {"rapl": "ready: CPU package 0 (measured)"},
         "notes": ["One sentence."],
@@ -62,6 +69,8 @@ def test_the_text_shows_every_version_and_note():
         "GOMP_SPINCOUNT     not set",
         "",
         "iret[torch]        models: missing a, b, c and 1 more; pip install 'iret[torch]'",
+        "iret[timm]         methods: installed, but timm cannot be imported, see below",
+        "iret[data]         data sets: ready",
         "",
         "rapl               ready: CPU package 0 (measured)",
         "",
@@ -100,8 +109,20 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch):
     assert doctor.extras_report()["data"] == {
         "for": doctor.PURPOSES["data"],
         "missing": ["no-such-library"],
+        "broken": [],
         "install": "pip install 'iret[data]'",
     }
+
+
+def test_an_extra_whose_library_cannot_be_imported_is_not_ready(monkeypatch):
+    monkeypatch.setattr(metadata, "requires", lambda name: ["numpy; extra == 'torch'", "pillow; extra == 'timm'"])
+    extras = doctor.extras_report({"pillow"})
+    assert (extras["torch"]["broken"], extras["timm"]["broken"]) == ([], ["pillow"])
+    monkeypatch.setattr(doctor, "timm_problem", lambda: "timm 1.0 cannot be imported (it broke).")
+    monkeypatch.setattr(metadata, "requires", lambda name: ["timm; extra == 'timm'", "iret[timm]; extra == 'all'"])
+    found = doctor.report()
+    assert found["extras"]["timm"]["broken"] == found["extras"]["all"]["broken"] == ["timm"]
+    assert found["notes"][0] == "timm 1.0 cannot be imported (it broke)."
 
 
 def test_a_source_tree_that_is_not_installed_says_so(monkeypatch):
@@ -118,7 +139,7 @@ def test_a_source_tree_that_is_not_installed_says_so(monkeypatch):
 
 def test_timm_imports_under_the_tests():
     assert "tests" in os.environ.get("PYTHONPATH", ""), "run the tests as `make test` does: PYTHONPATH=tests"
-    assert run_python("from iret import doctor; print(doctor.timm_problem())").strip() == "None"
+    assert doctor.timm_problem() is None
 
 
 def test_a_broken_torchvision_gives_one_sentence(tmp_path):
@@ -131,6 +152,7 @@ def test_a_broken_torchvision_gives_one_sentence(tmp_path):
 
 def test_a_broken_timm_gives_one_sentence(tmp_path):
     broken_library(tmp_path, "timm", "import no_such_library")
+    broken_library(tmp_path, "torchvision", "")  # sound, and imported in no time
     sentence = run_python("from iret import doctor; print(doctor.timm_problem())", tmp_path).strip()
     assert "cannot be imported (ModuleNotFoundError: No module named 'no_such_library')" in sentence
     assert "\n" not in sentence

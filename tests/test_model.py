@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
+import models
 from iret.doctor import describe_device
 from iret.model import Iret
-from iret.runtime.cost import LIFTINGS, Shape, full_macs, macs
+from iret.runtime.cost import LIFTINGS, full_macs, macs
 from iret.runtime.points import FILE_NAME as POINTS_NAME, DeviceTable, OperatingPoints, Point, Setting
 from iret.vit import lay_out
 
@@ -25,20 +27,8 @@ ROUNDING = 2e-5  # float32 through three stages, logits of a few units
 CUTS = [0.5, 1.0, (0.8, 1.2), ((0.7, 1.1), (0.8, 1.3)), (0.0, 1.0), ((0.0, 1.0), 0.8)]
 
 
-def make_model(seed: int = 0, **options) -> Iret:
-    """24 patches of 8 x 8, three stages, 5 classes; attention and answers far from uniform, so that thresholds cut.
-
-    The lifting is still Haar's, as the references here want it.
-    """
-    settings = dict(img_size=(32, 48), patch_size=8, in_chans=3, num_classes=5, embed_dims=(16, 32, 48), head_dim=16)
-    torch.manual_seed(seed)
-    model = Iret(Shape(**{**settings, "depths": (2, 3, 1), **options})).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("qkv.weight") or "head" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-        elif parameter.dim() == 1 and "lifting" not in name:  # biases and norms, which start as 0 and 1
-            parameter.data += 0.1 * torch.randn(parameter.shape)
-    return model
+# 24 patches of 8 x 8; the lifting is still Haar's, as the references here want it
+make_model = partial(models.make_model, img_size=(32, 48), is_haar=True)
 
 
 def make_images(batch: int = 4, channels: int = 3, seed: int = 1) -> Tensor:
@@ -698,7 +688,7 @@ def test_exit_confidences_that_do_not_fit_are_refused(exits, sentence):
 
 @pytest.mark.graph
 def test_the_compiled_graphs_do_not_depend_on_the_counts():
-    model, plain = make_model(), make_model()
+    model, plain = (make_model(depths=(1, 1, 1)) for _ in range(2))  # torch compiles every block anew
     points = made_up_points(plain)
     alike = [replace(each, thresholds=((each.thresholds[0][0],) * 2,) * 2) for each in points.points]
     model.points = plain.points = replace(points, points=tuple(alike))  # torch compiles 0 and 1 refined patches apart

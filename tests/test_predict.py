@@ -94,11 +94,17 @@ def test_the_time_is_that_of_the_model_alone(monkeypatch):
     assert answer.time_s == 0.25
 
 
-def test_warming_up_runs_the_model_once(monkeypatch):
-    model, shapes = make_model(), []
-    monkeypatch.setattr(model, "run", lambda images, thresholds: shapes.append(tuple(images.shape)))
-    warm_up(model)
-    assert shapes == [(2, model.shape.in_chans, *model.shape.img_size)]
+@pytest.mark.parametrize("setting", [Setting(), Setting(thresholds=0.5, exit_confidence=0.1)])
+def test_warming_up_ends_with_one_image_at_the_setting_through_all_stages(monkeypatch, setting):
+    model, ran, run = make_model(), [], Iret.run
+    monkeypatch.setattr(
+        model, "run", lambda *args, **kinds: ran.append((args, run(model, *args, **kinds))) or ran[-1][1]
+    )
+    warm_up(model, setting)
+    assert all(images.shape == (1, model.shape.in_chans, *model.shape.img_size) for (images, _), _ in ran)
+    assert all(out.trace.exit_stage == 2 for _, out in ran)
+    assert ran[-1][0][1] == setting.thresholds
+    assert any(out.trace.kept[1].sum() < 24 for _, out in ran)  # what drops is warm as well
 
 
 def test_what_is_no_photo_is_refused(tmp_path):

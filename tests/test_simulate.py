@@ -61,6 +61,17 @@ def test_an_idle_device_takes_energy_and_may_die_of_it():
     assert simulate(menu, day.goal(), day)[1].hours == pytest.approx(0.5, abs=0.01)
 
 
+def test_idle_hours_before_the_first_image_are_set_aside_once():
+    menu = replace(MENU, joules=tuple(10 * joules for joules in MENU.joules), idle_watts=1.0)
+    idle_j, needed_j = 5 * 3600.0, 1620 * 0.55
+    day = Day(hours=5.0, images_per_second=0.1, battery_joules=idle_j + needed_j, arrivals="office")
+    assert day.times()[0] > 0.1 * needed_j / menu.idle_watts
+    controller, *fixed = simulate(menu, day.goal(), day)
+    assert controller.lasts
+    assert controller.correct >= max(outcome.correct for outcome in fixed if outcome.lasts)
+    assert day.battery_joules - controller.energy_j < 0.03 * needed_j
+
+
 def test_a_device_that_dies_idle_after_its_last_image_does_not_last(tmp_path, monkeypatch):
     menu = replace(MENU, idle_watts=0.05)
     day = replace(DAY, spread=0.0, busy=0.01, battery_joules=179.0 + 36 * 0.1)  # 20 s short of an hour at full budget

@@ -109,3 +109,9 @@ def test_a_name_the_hub_would_not_accept_is_refused(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="model 'no body/--' "):
         zoo.load("no body/--")
+
+
+def test_a_bundle_is_no_model_and_what_runs_it_is_named(tmp_path):
+    (tmp_path / "bundle.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is an exported bundle, no model folder; .*iret\.Session\('.*`iret serve "):
+        load(tmp_path)

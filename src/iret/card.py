@@ -81,7 +81,8 @@ def _compare_choices(model: Iret, data: ImageData, max_images: int | None) -> li
 
 
 def _budget_table(model: Iret, budgets: list[float], scores: list[Score]) -> list[str]:
-    lines = ["| budget | top-1 | of full MACs | patches a stage | heads of all stages |", "|---|---|---|---|---|"]
+    lines = ["| budget | top-1 | of full MACs | patches a stage | each head, of the images that got there |"]
+    lines.append("|---|---|---|---|---|")
     for budget, score in zip(budgets, scores, strict=True):
         kept, heads = (
             " / ".join("-" if value is None else f"{value:.1f}" for value in values)

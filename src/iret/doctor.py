@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import warnings
+from collections.abc import Set
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
@@ -41,8 +42,9 @@ def report() -> dict[str, Any]:
     """
     from iret.measure.sources import explain_meters  # with NumPy, which the doctor itself does without
 
-    notes = [problem for problem in (torch_problem(), timm_problem()) if problem]
-    extras = extras_report()
+    problems = {"torch": torch_problem(), "timm": timm_problem()}
+    notes = [problem for problem in problems.values() if problem]
+    extras = extras_report({name for name, problem in problems.items() if problem})
     if not extras:
         notes.append("iret runs from a source tree that is not installed; run `pip install -e .` to see its extras.")
     devices, device_notes = devices_report()
@@ -68,6 +70,8 @@ def describe(found: dict[str, Any]) -> str:
         first, more = ", ".join(extra["missing"][:3]), len(extra["missing"]) - 3
         missing = f"{first} and {more} more" if more > 0 else first
         state = f"missing {missing}; {extra['install']}" if extra["missing"] else "ready"
+        if extra["broken"] and not extra["missing"]:
+            state = f"installed, but {' and '.join(extra['broken'])} cannot be imported, see below"
         extras.append((f"iret[{name}]", f"{extra['for']}: {state}"))
     tables = [
         [f"{name:18} {'not set' if value is None else value}" for name, value in table]
@@ -86,12 +90,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "iret": iret.__version__, **found}
 
 
-def extras_report() -> dict[str, dict[str, Any]]:
-    """For each extra: what it is for, which of its libraries are missing, and the command that brings them."""
+def extras_report(broken: Set[str] = frozenset()) -> dict[str, dict[str, Any]]:
+    """For each extra: what it is for, which of its libraries are missing, which `broken`, and the command that brings them."""
     return {
         name: {
             "for": PURPOSES.get(name, name),
             "missing": [library for library in sorted(libraries) if _version(library) is None],
+            "broken": sorted(libraries & broken),
             "install": f"pip install 'iret[{name}]'",
         }
         for name, libraries in extras_needed().items()
@@ -191,10 +196,15 @@ def threads_report() -> dict[str, int | str | None]:
         num_torch_threads = import_module("torch").get_num_threads()
     return {
         "num_processors": os.cpu_count(),
-        "num_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_usable": count_usable(),
         "num_torch_threads": num_torch_threads,
         **{name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")},
     }
+
+
+def count_usable() -> int:
+    """Logical processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_device(device: Any, precision: str) -> str:

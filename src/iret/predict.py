@@ -29,13 +29,15 @@ class Prediction:
     time_s: float
 
 
-def warm_up(model: Iret) -> None:
-    """One run on nothing in particular: the first one of a process pays for starting threads and loading kernels."""
-    images = torch.zeros(2, model.shape.in_chans, *model.shape.img_size, device=model.pos_embed.device)
-    strengths = torch.zeros(2, len(model.transitions))
-    strengths[1] = 2.0  # one image drops, one does not: a ragged batch
+def warm_up(model: Iret, setting: Setting = EVERYTHING) -> None:
+    """Runs on nothing in particular, one image each as `predict` times it, the last as `setting` says but in all stages.
+
+    The first run of a process pays for starting threads and loading kernels, and the first of a shape for laying it out.
+    """
+    image = torch.zeros(1, model.shape.in_chans, *model.shape.img_size, device=model.pos_embed.device)
     with torch.inference_mode():
-        model.run(images, strengths)
+        model.run(image, 2.0)  # drops
+        model.run(image, setting.thresholds, rule=setting.rule)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from iret.model import Iret
 from iret.presets import CHECKPOINTS, PRESETS, list_checkpoints, preset
+from iret.runtime.bundle import FILE_NAME as BUNDLE_NAME
 from iret.runtime.cost import Shape
 
 SHAPE_OPTIONS = tuple(field.name for field in fields(Shape))
@@ -49,6 +50,11 @@ def load(model: str | Path) -> Iret:
     """
     if str(model) in list_checkpoints():
         return Iret.from_folder(CHECKPOINTS / str(model))
+    if (Path(model) / BUNDLE_NAME).is_file():
+        raise ValueError(
+            f"{model} is an exported bundle, no model folder; run it with iret.Session({str(model)!r}) in Python or "
+            f"`iret serve {model}`."
+        )
     if Path(model).is_dir():
         return Iret.from_folder(Path(model))
     if str(model).count("/") != 1 or Path(model).is_absolute():

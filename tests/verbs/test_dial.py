@@ -1,10 +1,12 @@
-"""Words of `calibrate` and `bench` that would be lost without a sentence."""
+"""Words of `calibrate`, `bench` and `simulate` that would be lost without a sentence, and what a day says of itself."""
 
 import re
 
 import pytest
 
 from iret import cli
+from iret.presets import CHECKPOINTS
+from iret.runtime.points import OperatingPoints
 
 NANO = "iret_nano-cluttered-digits"
 
@@ -29,3 +31,57 @@ def test_calibrate_refuses_what_it_would_not_use_in_one_sentence(tmp_path, capsy
     assert re.search(message, said)
     assert said.startswith("iret: ") and said.count("\n") == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("line", ["calibrate {model} --device-only --out {out}", "bench {model} --out {out}"])
+def test_a_file_in_the_place_of_a_folder_is_said_before_anything_is_measured(tmp_path, capsys, monkeypatch, line):
+    monkeypatch.setattr("iret.clock.measure_device", lambda *args: pytest.fail("it was measured"))
+    monkeypatch.setattr("iret.bench.bench", lambda *args, **kinds: pytest.fail("it was measured"))
+    out = tmp_path / "mine.txt"
+    out.write_text("mine")
+    assert cli.main(line.format(model=NANO, out=out).split()) == 2
+    assert re.fullmatch(r"iret: .*mine\.txt cannot be a folder, because .* is a file; .*\n", capsys.readouterr().err)
+    assert out.read_text() == "mine"
+
+
+# ---- simulate
+
+
+def clock_of(name: str) -> str:
+    return OperatingPoints.read(CHECKPOINTS / name).devices[0].device
+
+
+def day(capsys, *words: str) -> str:
+    assert cli.main(["simulate", NANO, "--hours", "1", "--rate", "0.1", "--clock", clock_of(NANO), *words]) == 0
+    return capsys.readouterr().err
+
+
+def test_a_day_says_whose_battery_it_is_what_idles_away_and_what_comes(capsys):
+    said = day(capsys, "--idle-watts", "1")
+    assert re.search(
+        r"a battery of 1 Wh, chosen halfway between .* \(--battery-wh\); 1 Wh .* idle device \(1 W\)", said
+    )
+    assert "office arrivals: 324 images come, of 360 stated (--arrivals, --busy)" in said
+    rows = [row.split() for row in said.splitlines() if row.startswith(("policy", "controller", "fixed"))]
+    assert rows[0][:3] == ["policy", "hours", "lasts"]
+    assert (rows[1][2], rows[-1][3]) == ("yes", "no")  # the full budget dies seconds before the end
+    said = day(capsys, "--battery-wh", "0.5", "--arrivals", "steady")
+    assert "a battery of 0.5 Wh\n" in said and "steady arrivals" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--hours 0", "--hours 0 must be above 0"),
+        ("--rate nan", "--rate nan must be above 0"),
+        ("--battery-wh -1", "--battery-wh -1 must be above 0"),
+        ("--kelvin-per-watt 0", "--kelvin-per-watt 0 must be above 0"),
+        ("--max-celsius -4", "--max-celsius -4 must be above 0"),
+        ("--busy 2", "busy=2 is outside"),
+        ("--idle-watts -1", "--idle-watts -1 must be 0 or more"),
+    ],
+)
+def test_a_day_that_cannot_be_is_refused_in_the_words_that_were_typed(capsys, words, message):
+    assert cli.main(["simulate", NANO, "--clock", clock_of(NANO), *words.split()]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1

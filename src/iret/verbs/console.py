@@ -4,6 +4,8 @@ Tables go to stderr; with `--json` one JSON object goes to stdout and nothing el
 """
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +57,29 @@ def check_picture(path: str | None) -> None:
         raise ValueError(f"{path} is no kind of picture that can be written; end its name in .png.")
 
 
+def check_folder(path: Path, option: str = "--out") -> None:
+    """Raises ValueError for a folder that could not be made or written into, before any work is lost."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"{path} cannot be a folder, because {there} is a file; name another with {option}.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: {there} is closed to this user; name another with {option}.")
+
+
+def check_above_zero(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for an option that was given and is no finite number above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value:g} must be above 0.")
+
+
+def check_idle_watts(watts: float | None) -> None:
+    """Raises ValueError unless it was left out, or is finite and 0 or more."""
+    if watts is not None and not 0 <= watts < math.inf:
+        raise ValueError(f"--idle-watts {watts:g} must be 0 or more.")
+
+
 def open_data(args: argparse.Namespace, split: str, model):
     from iret.train.data import open_data
 
@@ -62,13 +87,17 @@ def open_data(args: argparse.Namespace, split: str, model):
 
 
 def set_threads(count: int | None) -> None:
-    """Raises ValueError unless `count` is None (torch decides) or 1 or more."""
+    """Raises ValueError unless `count` is None (torch decides) or 1 to the processors that this process may use."""
     import torch
+
+    from iret.doctor import count_usable
 
     if count is None:
         return
-    if count < 1:
-        raise ValueError(f"--threads {count} must be 1 or more.")
+    if not 1 <= count <= count_usable():
+        raise ValueError(
+            f"--threads {count} must be 1 or more, and at most {count_usable()}, the processors that this process may use."
+        )
     torch.set_num_threads(count)
 
 

@@ -7,7 +7,19 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from iret.verbs.console import check_device, check_picture, choose_meter, fail, open_data, print_table, say, set_threads
+from iret.verbs.console import (
+    check_above_zero,
+    check_device,
+    check_folder,
+    check_idle_watts,
+    check_picture,
+    choose_meter,
+    fail,
+    open_data,
+    print_table,
+    say,
+    set_threads,
+)
 
 SEARCH_NAME = "search.jsonl"
 TRIALS = 8  # of `iret calibrate`, unless --trials says otherwise
@@ -22,6 +34,7 @@ def do_calibrate(args: argparse.Namespace) -> int:
     from iret.zoo import load
 
     check_picture(args.show)
+    check_folder(Path(args.out or args.model))
     set_threads(args.threads)
     loaded = load(args.model).to(check_device(args.device))
     model, context = prepare(loaded, args.precision)
@@ -118,6 +131,8 @@ def do_bench(args: argparse.Namespace) -> int:
     from iret.presets import PRESETS
     from iret.zoo import create_model, load
 
+    if args.out:
+        check_folder(Path(args.out))
     device = check_device(args.device)
     set_threads(args.threads)
     if args.rounds < 1 or min(args.batch) < 1:
@@ -165,6 +180,8 @@ def do_simulate(args: argparse.Namespace) -> int:
     from iret.zoo import load
 
     check_picture(args.show)
+    check_above_zero(args, "hours", "rate", "battery_wh", "busy", "max_celsius", "kelvin_per_watt")
+    check_idle_watts(args.idle_watts)
     points = load(args.model).points
     if points is None or not points.devices:
         raise ValueError(f"{args.model} has no clock; measure it with `iret calibrate MODEL --device-only`.")
@@ -187,20 +204,20 @@ def do_simulate(args: argparse.Namespace) -> int:
         draw(outcomes, Path(args.show), f"{args.model}: {args.hours:g} h, {args.arrivals} arrivals", args.max_celsius)
     if args.json:
         rows = [{name: value for name, value in asdict(outcome).items() if name != "series"} for outcome in outcomes]
-        print(
-            json.dumps({"model": args.model, "device": table.device, "battery_j": day.battery_joules, "outcomes": rows})
-        )
+        found = {"model": args.model, "device": table.device, "arrivals": day.arrivals, "battery_j": day.battery_joules}
+        print(json.dumps({**found, "battery_is_given": args.battery_wh is not None, "outcomes": rows}))
         return 0
-    say(
-        f"{day.battery_joules / 3600:.3g} Wh, {outcomes[0].images} images, costs of {table.device}; "
-        f"{_explain_joules(table)}; right answers are expected from held-out accuracy"
-    )
+    say(_explain_battery(args, day.battery_joules, menu.idle_watts))
+    stated = 3600 * args.hours * args.rate
+    say(f"{args.arrivals} arrivals: {outcomes[0].images} images come, of {stated:.0f} stated (--arrivals, --busy)")
+    say(f"costs of {table.device}; {_explain_joules(table)}; right answers are expected from held-out accuracy")
     print_table(
-        ("policy", "hours", "answered", "right", "right of all", "energy (J)", "peak C"),
+        ("policy", "hours", "lasts", "answered", "right", "right of all", "energy (J)", "peak C"),
         [
             (
                 outcome.policy,
                 f"{outcome.hours:.1f}",
+                "yes" if outcome.lasts else "no",
                 str(outcome.answered),
                 f"{outcome.correct:.0f}",
                 f"{outcome.correct / outcome.images:.2%}",
@@ -211,6 +228,15 @@ def do_simulate(args: argparse.Namespace) -> int:
         ],
     )
     return 0
+
+
+def _explain_battery(args: argparse.Namespace, joules: float, idle_watts: float) -> str:
+    """Of `iret simulate`: how large it is and who says so, and what of it no budget can save."""
+    said = f"a battery of {joules / 3600:.3g} Wh"
+    if args.battery_wh is None:
+        said += ", chosen halfway between what the day takes at the cheapest and at the dearest point (--battery-wh)"
+    idle_wh = args.hours * idle_watts
+    return said + (f"; {idle_wh:.3g} Wh of it go to the idle device ({idle_watts:g} W)" if idle_wh else "")
 
 
 def _choose_table(points, name: str | None):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iret.arguments import read_thresholds
-from iret.verbs.console import check_device, fail, open_data, print_table, say, set_threads
+from iret.verbs.console import check_device, check_folder, fail, open_data, print_table, say, set_threads
 
 
 def do_train(args: argparse.Namespace) -> int:
@@ -19,6 +19,7 @@ def do_train(args: argparse.Namespace) -> int:
 
     recipe = find_recipe(args.recipe or ("fine_tune" if args.init else "images_tiny"))
     out = Path(args.out or f"out/{recipe.name}")
+    check_folder(out)
     options = RunOptions(
         data=args.data,
         out=out,
@@ -85,7 +86,8 @@ def do_eval(args: argparse.Namespace) -> int:
         print(json.dumps(found))
         return 0
     full = full_macs(model.shape)
-    say(f"{args.model} on {args.data} ({data.split}), {scores[0].num_images} images, {scores[0].num_skipped} skipped")
+    counts = f"{scores[0].num_images} images, {scores[0].num_skipped} skipped"
+    say(f"{args.model} on {args.data} ({data.split}), {counts}; heads: each one's top-1, of the images that got there")
     if data.split == "val":
         say("held-out images: if its operating points were found on them, this is no test")
     print_table(

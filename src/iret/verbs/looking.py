@@ -7,7 +7,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from iret.arguments import read_thresholds
-from iret.verbs.console import check_device, check_picture, fail, print_table, say, set_threads
+from iret.verbs.console import (
+    check_above_zero,
+    check_device,
+    check_idle_watts,
+    check_picture,
+    fail,
+    print_table,
+    say,
+    set_threads,
+)
 
 
 def do_predict(args: argparse.Namespace) -> int:
@@ -20,12 +29,11 @@ def do_predict(args: argparse.Namespace) -> int:
     check_picture(args.show)
     set_threads(args.threads)
     model, context = prepare(load(args.model).to(check_device(args.device)), args.precision)
-    predictions, pictures, bad = [], [], []
-    reasons: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = defaultdict(list)
+    predictions, decisions, pictures, bad = [], [], [], []
     with context:
         pilot = _start_pilot(args, model)
         setting = _read_setting(args, model)
-        warm_up(model)
+        warm_up(model, setting)
         for path in args.images:
             try:
                 photo = open_image(path)
@@ -34,14 +42,14 @@ def do_predict(args: argparse.Namespace) -> int:
                     raise
                 bad.append((path, str(error)))  # the others are answered all the same
                 continue
-            if pilot:
-                decision = pilot.next()
+            decision = pilot.next() if pilot else None
+            if decision:
                 setting = _leave_early(args, model.setting(decision.budget))
-                reasons[decision.reason, decision.broken].append(decision.doubts)
             prediction, trace = predict(model, photo, setting=setting, name=path)
             if pilot:
                 pilot.note(prediction.time_s)
             predictions.append(prediction)
+            decisions.append(decision)
             if args.show:
                 pictures.append(
                     draw_focus(
@@ -53,14 +61,18 @@ def do_predict(args: argparse.Namespace) -> int:
                 )
     if pictures:
         stack(pictures).save(args.show)
+    notes = _explain_exit(args, has_goal=pilot is not None)
     if args.json:
+        answers = [
+            asdict(answer) | {"decision": decision and asdict(decision)}
+            for answer, decision in zip(predictions, decisions, strict=True)
+        ]
         errors = [{"image": path, "error": sentence} for path, sentence in bad]
-        print(json.dumps({"model": args.model, "predictions": [asdict(p) for p in predictions], "errors": errors}))
+        print(json.dumps({"model": args.model, "predictions": answers, "errors": errors, "notes": notes}))
     elif predictions:
         _print_predictions(predictions)
-        for (reason, broken), doubts in reasons.items():
-            notes = [reason, *(f"cannot hold: {goal}" for goal in broken), *doubts[-1]]
-            say(f"{len(doubts)} of {len(predictions)} images, {'; '.join(notes)}")
+        for note in [*_explain_decisions(decisions), *notes]:
+            say(note)
         if pictures:
             say(f"drawn: {args.show}")
     for _, sentence in bad:
@@ -86,12 +98,37 @@ def _leave_early(args: argparse.Namespace, setting):
     return setting if args.exit_confidence is None else replace(setting, exit_confidence=args.exit_confidence)
 
 
+def _explain_exit(args: argparse.Namespace, *, has_goal: bool) -> list[str]:
+    """What --exit-confidence does to an operating point that was chosen for its cost."""
+    is_chosen = has_goal or args.ms is not None or args.joules is not None or args.budget not in (None, 1.0)
+    if args.exit_confidence is None or not is_chosen:
+        return []
+    return [
+        f"images leave at --exit-confidence {args.exit_confidence:g} in place of the operating point's own, so the cost and the "
+        "accuracy that it was chosen for need not hold"
+    ]
+
+
+def _explain_decisions(decisions) -> list[str]:
+    """A sentence for each reason that the controller gave, with its last doubts; nothing where none turned the dial."""
+    reasons: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = defaultdict(list)
+    for decision in filter(None, decisions):
+        reasons[decision.reason, decision.broken].append(decision.doubts)
+    return [
+        f"{len(doubts)} of {len(decisions)} images, "
+        + "; ".join([reason, *(f"cannot hold: {goal}" for goal in broken), *doubts[-1]])
+        for (reason, broken), doubts in reasons.items()
+    ]
+
+
 def _start_pilot(args: argparse.Namespace, model):
     """What turns the dial for the goals that were given; None without any."""
     from iret.doctor import describe_device
     from iret.pilot import Pilot
     from iret.runtime.controller import Goal
 
+    check_above_zero(args, "battery", "rate", "battery_wh", "deadline", "max_celsius", "min_accuracy")
+    check_idle_watts(args.idle_watts)
     goals = dict(
         hours=args.battery,
         images_per_second=args.rate,
@@ -104,6 +141,10 @@ def _start_pilot(args: argparse.Namespace, model):
             raise ValueError(
                 f"--{name.replace('_', '-')} tells of the battery; say with --battery how long it must last."
             )
+    if args.battery is not None and args.rate is None:
+        raise ValueError(f"--battery {args.battery:g} needs --rate, the images a second that it must last for.")
+    if args.min_accuracy is not None and args.min_accuracy > 1:
+        raise ValueError(f"--min-accuracy {args.min_accuracy:g} is above 1; it is a share of right answers.")
     if all(goal is None for goal in goals.values()):
         return None
     if any(choice is not None for choice in (args.budget, args.ms, args.joules, args.threshold)):

@@ -1,0 +1,155 @@
+"""`predict` with goals: what the controller decided is said in both forms, and mistakes in the words that were typed."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import iret
+from iret import cli
+from iret.doctor import describe_device
+from iret.measure.battery import Battery
+from iret.pilot import Pilot
+from iret.runtime.cost import full_macs
+from iret.runtime.points import DeviceTable, OperatingPoints, Point
+
+
+def with_sensors(monkeypatch, battery: Battery | None = None) -> None:
+    """This gauge and no thermometer, whatever the machine has."""
+    monkeypatch.setattr("iret.pilot.Pilot", partial(Pilot, battery=lambda: battery, thermometer=lambda: None))
+
+
+@pytest.fixture
+def photo(tmp_path, monkeypatch) -> str:
+    """In a folder with m, a model of two classes and three points (8, 4 and 2 ms here); no sensors."""
+    monkeypatch.chdir(tmp_path)
+    with_sensors(monkeypatch)
+    torch.manual_seed(0)
+    model = iret.create_model("iret_pico", num_classes=2, embed_dims=(32, 32, 32), depths=(1, 1, 1))
+    full = full_macs(model.shape)
+    points = tuple(
+        Point(
+            thresholds=((keep, keep),) * 2,
+            exit_confidence=confidence,
+            accuracy=share,
+            macs_mean=share * full,
+            macs_p95=share * full,
+            kept_mean=(64.0, 32.0, 16.0),
+        )
+        for share, keep, confidence in ((1.0, 0.0, None), (0.5, 1.0, 0.9), (0.25, 1.5, 0.8))
+    )
+    clock = DeviceTable(
+        device=describe_device(torch.device("cpu"), "float32"),
+        ms_mean=(8.0, 4.0, 2.0),
+        ms_p50=(8.0, 4.0, 2.0),
+        ms_p95=(9.0, 5.0, 3.0),
+        joules=(0.08, 0.04, 0.02),
+        energy_source="made up",
+        energy_scope="all of it",
+        energy_kind="estimated",
+        rounds=1,
+    )
+    model.points = OperatingPoints(data="made up", num_images=1, full_macs=full, points=points, devices=(clock,))
+    model.save_pretrained(Path("m"))
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save("p.png")
+    return "p.png"
+
+
+def predict(*words: str) -> int:
+    return cli.main(["predict", *words, "--model", "m"])
+
+
+def test_json_holds_what_the_controller_decided_for_each_image(photo, capsys):
+    assert predict(photo, photo, "--deadline", "1", "--max-celsius", "60", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    first, second = (answer["decision"] for answer in found["predictions"])
+    assert first["budget"] == second["budget"] == first["accuracy"] == 0.25
+    assert first["reason"].startswith("temperature: no reading")
+    assert first["broken"] == ["temperature", "deadline"]
+    assert first["doubts"] == ["no temperature sensor was found, so the cheapest point is served"]
+    assert predict(photo, "--budget", "0.5", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["predictions"][0]["decision"] is None and found["notes"] == []
+
+
+def test_without_a_thermometer_one_sentence_says_what_happens(photo, capsys):
+    assert predict(photo, "--max-celsius", "60") == 0
+    said = capsys.readouterr().err
+    assert "no temperature sensor was found, so the cheapest point is served" in said
+    assert "None" not in said
+
+
+def test_a_gauge_of_percent_alone_asks_for_the_watt_hours(photo, capsys, monkeypatch):
+    with_sensors(monkeypatch, Battery(percent=50.0, joules=None, is_plugged=False, source="made up"))
+    assert predict(photo, "--battery", "1", "--rate", "1") == 0
+    said = capsys.readouterr().err
+    assert "the battery's gauge says 50% and no energy; give the full one's (--battery-wh" in said
+    assert "None" not in said
+
+
+def test_without_a_gauge_the_option_that_stands_in_for_it_is_named(photo, capsys):
+    assert predict(photo, "--battery", "1", "--rate", "1") == 0
+    assert "battery: neither a gauge nor --battery-wh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "is_said"),
+    [
+        ("--deadline 5", True),
+        ("--ms 5", True),
+        ("--joules 0.05", True),
+        ("--budget 0.5", True),
+        ("--budget 1", False),
+        ("--threshold 1", False),
+        ("", False),
+    ],
+)
+def test_an_exit_confidence_that_changes_the_operating_point_is_said(photo, capsys, words, is_said):
+    sentence = "images leave at --exit-confidence 0.7 in place of the operating point's own"
+    assert predict(photo, *words.split(), "--exit-confidence", "0.7") == 0
+    assert (sentence in capsys.readouterr().err) == is_said
+    assert predict(photo, *words.split(), "--exit-confidence", "0.7", "--json") == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert [sentence in note for note in notes] == [True] * is_said
+    assert predict(photo, *words.split()) == 0
+    assert sentence not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--battery 8", "--battery 8 needs --rate, the images a second that it must last for"),
+        ("--battery -1 --rate 1", "--battery -1 must be above 0"),
+        ("--battery 8 --rate nan", "--rate nan must be above 0"),
+        ("--battery 8 --rate 1 --battery-wh 0", "--battery-wh 0 must be above 0"),
+        ("--battery 8 --rate 1 --idle-watts -1", "--idle-watts -1 must be 0 or more"),
+        ("--deadline 0", "--deadline 0 must be above 0"),
+        ("--max-celsius inf", "--max-celsius inf must be above 0"),
+        ("--min-accuracy 0", "--min-accuracy 0 must be above 0"),
+        ("--min-accuracy 60", "--min-accuracy 60 is above 1; it is a share of right answers"),
+        ("--threads 100000", "--threads 100000 must be 1 or more, and at most"),
+        (
+            "--ms 1",
+            r"ms=1 is below the cheapest operating point on this device, 2 ms at 0\.250 .* give --budget 0\.250",
+        ),
+    ],
+)
+def test_goals_that_cannot_be_are_refused_in_the_words_that_were_typed(photo, capsys, words, message):
+    assert predict(photo, *words.split()) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.count("\n") == 1
+    assert not re.search(
+        r"hours|images_per_second|battery_joules|deadline_ms|max_celsius|min_accuracy|idle_watts", said
+    )
+
+
+def test_a_bundle_is_refused_with_what_runs_it(photo, capsys):
+    Path("bundle").mkdir()
+    Path("bundle/bundle.json").write_text("{}")
+    assert cli.main(["predict", photo, "--model", "bundle"]) == 2
+    assert re.fullmatch(r"iret: bundle is an exported bundle, .*`iret serve bundle`\.\n", capsys.readouterr().err)
