@@ -10,7 +10,7 @@ TEST_FLAGS ?=
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo install test check soak clean
+.PHONY: help demo install test page-test check soak clean
 
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
@@ -18,11 +18,12 @@ PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c const
 TEST_ENV := GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/tests$${PYTHONPATH:+:$$PYTHONPATH}"
 PYTEST := $(TEST_ENV) $(VENV)/bin/python -m pytest
 HOOK := --jaxtyping-packages=iret,beartype.beartype
-WORKERS := -n logical --maxprocesses 4
+WORKERS := -n logical --maxprocesses 4 --dist loadgroup
 
 help:
 	@echo "make demo      install what the demo needs and run it: a table, and pictures in $(DEMO_OUT)/"
 	@echo "make test      install what the tests need and run them (under 5 minutes); TEST_FLAGS='-k lifting' narrows them"
+	@echo "make page-test drive the page in Chromium (needs npm and chromium)"
 	@echo "make install   all extras and the developers' tools, into $(VENV)"
 	@echo "make check     style, format and types"
 	@echo "make soak      the long counts of kills, fuzz and load; output kept under results/"
@@ -46,6 +47,13 @@ check: $(VENV)/.installed-dev
 test: $(VENV)/.installed-dev
 	$(PYTEST) $(WORKERS) $(HOOK) -m "not graph and not soak" $(TEST_FLAGS)
 	$(PYTEST) $(WORKERS) -m "graph and not soak" $(TEST_FLAGS)
+
+page-test: $(VENV)/.installed-dev tests/page/node_modules/.package-lock.json
+	@command -v $${CHROMIUM:-/usr/bin/chromium} > /dev/null || { echo "Chromium is not installed: apt install chromium, or CHROMIUM=/path"; exit 1; }
+	IRET_PAGE_TEST=1 $(PYTEST) tests/serve/test_page_driven.py -rP $(TEST_FLAGS)
+
+tests/page/node_modules/.package-lock.json: tests/page/package-lock.json
+	cd tests/page && npm ci --ignore-scripts --no-audit --no-fund
 
 # Tests write their raw samples into $$IRET_SOAK_OUT. Paths of this machine are taken out of the log before it is kept.
 soak: $(VENV)/.installed-dev

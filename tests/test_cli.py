@@ -247,7 +247,7 @@ def test_calibrate_writes_the_points_that_it_says(tmp_path, capsys, quick):
     assert (tmp_path / "search.png").stat().st_size > 1000
 
 
-def test_the_clock_of_another_device_is_measured_without_data(tmp_path, capsys, quick):
+def test_the_clock_of_another_device_is_measured_without_data(tmp_path, capsys, monkeypatch, quick):
     make_model(tmp_path / "m", has_points=False)
     line = ["calibrate", str(tmp_path / "m")]
     assert cli.main([*line, "--data", make_data(tmp_path / "d"), "--max-images", "5", "--trials", "1"]) == 0
@@ -256,10 +256,13 @@ def test_the_clock_of_another_device_is_measured_without_data(tmp_path, capsys, 
     after = OperatingPoints.read(tmp_path / "m")
     assert after.points == before.points
     assert [table.device.rpartition(", ")[2] for table in after.devices] == ["float32", "bfloat16"]
-    photo = make_photo(tmp_path / "p.png")
+    photo, asked = make_photo(tmp_path / "p.png"), asked_of_the_model(monkeypatch)
+    assert cli.main(["predict", photo, "--model", str(tmp_path / "m"), "--ms", "1000"]) == 0
+    most = max(
+        point.accuracy for point in after.points
+    )  # there is time for any; of the best, the clock says which is cheapest
+    assert any(np.allclose(asked[-1][0], each.thresholds) for each in after.points if each.accuracy == most)
     capsys.readouterr()
-    assert cli.main(["predict", photo, "--model", str(tmp_path / "m"), "--ms", "1000", "--json"]) == 0
-    assert the_object(capsys)["predictions"][0]["macs_share"] > 0.99
     assert cli.main(["predict", photo, "--model", str(tmp_path / "m"), "--precision", "int8", "--ms", "1000"]) == 2
     assert "no clock was measured on this device" in capsys.readouterr().err
 

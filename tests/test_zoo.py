@@ -114,4 +114,4 @@ def test_a_name_the_hub_would_not_accept_is_refused(monkeypatch):
 def test_a_bundle_is_no_model_and_what_runs_it_is_named(tmp_path):
     (tmp_path / "bundle.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is an exported bundle, no model folder; .*iret\.Session\('.*`iret serve "):
-        load(tmp_path)
+        iret.load(tmp_path)

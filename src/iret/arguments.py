@@ -23,6 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(verbs)
     _add_simulate(verbs)
     _add_export(verbs)
+    _add_serve(verbs)
+    _add_page(verbs)
     card = _verb(verbs, "card", "measure a model folder and write its model card")
     card.add_argument("model", help="model folder")
     card.add_argument("--data", required=True, help="as for train; its test images are used")
@@ -44,8 +46,12 @@ def _add_predict(verbs) -> None:
     predict.add_argument("--model", default=DEFAULT_MODEL, help="shipped name, folder or hub id (default %(default)s)")
     dial = predict.add_mutually_exclusive_group()
     dial.add_argument("--budget", type=float, help="share of the full model's MACs, in (0, 1]")
-    dial.add_argument("--ms", type=float, help="milliseconds an image in the mean, on this device")
-    dial.add_argument("--joules", type=float, help="joules an image in the mean, on this device")
+    dial.add_argument(
+        "--ms", type=float, help="the best within so many milliseconds an image, in the mean, on this device"
+    )
+    dial.add_argument(
+        "--joules", type=float, help="the best within so many joules an image, in the mean, on this device"
+    )
     _add_threshold(dial)
     _add_goal(dial, predict)
     _add_exit(predict)
@@ -111,7 +117,9 @@ def _add_simulate(verbs) -> None:
     day.add_argument("--hours", type=float, default=24.0, help="that the battery must last (default 24)")
     day.add_argument("--rate", type=float, default=1.0, help="images a second, in the mean of the day (default 1)")
     day.add_argument(
-        "--battery-wh", type=float, help="default: halfway between what the cheapest and the full budget need"
+        "--battery-wh",
+        type=float,
+        help="default: halfway between what the day takes at the cheapest and the dearest point",
     )
     day.add_argument("--arrivals", choices=("steady", "office", "bursts"), default="office", help="default %(default)s")
     day.add_argument("--busy", type=float, default=0.9, help="share of the stated images that come (default 0.9)")
@@ -158,6 +166,38 @@ def _add_export(verbs) -> None:
     export.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
+def _add_page(verbs) -> None:
+    page = _verb(verbs, "page", "write a static page that runs a bundle in the visitor's browser")
+    page.add_argument("bundle", help="folder that iret export --format onnx wrote")
+    page.add_argument("--out", required=True, help="folder of the site to write")
+    page.add_argument("--runtime", metavar="FOLDER", help="an unpacked onnxruntime-web (default: fetched with npm)")
+    page.add_argument("--photos", nargs="+", metavar="FILE", help="examples to try (default: those that ship)")
+    page.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_serve(verbs) -> None:
+    serve = _verb(verbs, "serve", "answer requests over HTTP from a bundle, each at its own budget")
+    serve.add_argument("bundle", metavar="BUNDLE", help="folder that iret export wrote")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="0: any that is free (default %(default)s)")
+    serve.add_argument("--engine", help="default: the first that runs this kind of bundle")
+    serve.add_argument("--workers", type=int, help="processes that compute (default: cores / threads)")
+    serve.add_argument("--threads", type=int, default=1, help="of each worker (default %(default)s)")
+    batch = serve.add_argument_group("batches")
+    batch.add_argument("--max-batch", type=int, default=16, help="images computed together (default %(default)s)")
+    batch.add_argument("--batch-wait-ms", type=float, default=2.0, help="for more of them (default %(default)s)")
+    limits = serve.add_argument_group("limits")
+    limits.add_argument("--queue", type=int, default=64, help="images in the house; then 429 (default %(default)s)")
+    limits.add_argument("--max-body-mb", type=float, default=10.0, help="of a request (default %(default)s)")
+    limits.add_argument("--max-pixels", type=int, default=25_000_000, help="of a photo (default %(default)s)")
+    limits.add_argument("--timeout-s", type=float, default=10.0, help="from request to answer (default %(default)s)")
+    limits.add_argument("--api-key", metavar="KEY", help="that clients must show; env: taken from $IRET_API_KEY")
+    costs = serve.add_argument_group("what things cost, for ms, joules and battery_percent")
+    costs.add_argument("--measure", action="store_true", help="measure this machine's clock first; BUNDLE keeps it")
+    costs.add_argument("--battery-wh", type=float, help="of the full battery (default: 24 hours at full budget)")
+    costs.add_argument("--rate", type=float, default=1.0, help="images a second that it must last for (default 1)")
+
+
 def _verb(verbs, name: str, summary: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
     return parser
@@ -174,7 +214,9 @@ def _add_threshold(parser) -> None:
 
 def _add_exit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--exit-confidence", type=float, help="answer at the first stage this sure, in [0, 1]; above 1 none is"
+        "--exit-confidence",
+        type=float,
+        help="answer at the first stage this sure, in [0, 1], whatever the budget's own; above 1 none is",
     )
 
 
@@ -189,7 +231,7 @@ def _add_goal(dial, parser: argparse.ArgumentParser) -> None:
         "--idle-watts", type=float, help="that the device draws always (default: as iret calibrate measured, or 0)"
     )
     goal.add_argument("--deadline", type=float, metavar="MS", help="for 95 of 100 images")
-    goal.add_argument("--max-celsius", type=float, help="temperature to stay under")
+    goal.add_argument("--max-celsius", type=float, help="to stay under; without a sensor, the cheapest point is served")
     goal.add_argument("--min-accuracy", type=float, help="in (0, 1], by the table; yields to the other goals")
 
 
@@ -215,7 +257,9 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of the products (default %(default)s); int8 on a CPU alone",
     )
-    parser.add_argument("--threads", type=int, help="that torch computes with (default: as many as it likes)")
+    parser.add_argument(
+        "--threads", type=int, help="that torch computes with, up to the processors here (default: as it likes)"
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser, device: str = "cpu") -> None:

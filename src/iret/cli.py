@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from iret.arguments import build_parser
-from iret.verbs import dial, learning, looking, shipping
+from iret.verbs import dial, learning, looking, paging, serving, shipping
 from iret.verbs.console import fail
 
 LONG_VERBS = ("train", "eval", "calibrate", "bench", "card", "demo")
@@ -20,6 +20,8 @@ VERBS = {
     "bench": dial.do_bench,
     "simulate": dial.do_simulate,
     "export": shipping.do_export,
+    "serve": serving.do_serve,
+    "page": paging.do_page,
     "card": learning.do_card,
     "demo": looking.do_demo,
     "list": looking.do_list,

@@ -26,6 +26,8 @@ PURPOSES = {
     "executorch": "bundles for ExecuTorch, written and run",
     "export": "writing bundles for ONNX Runtime, and with iret[openvino] for OpenVINO",
     "openvino-int8": "writing int8 bundles for OpenVINO",
+    "serve": "bundles over HTTP, without torch; with iret[onnx] or another engine",
+    "ray": "the same service on many machines",
     "all": "everything above",
 }
 SPIN_ADVICE = (

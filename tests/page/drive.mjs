@@ -37,8 +37,7 @@ function read(page) {
 async function open(context, notes) {
   const page = await context.newPage();
   page.on("console", (message) => {
-    const isExample = message.location().url.includes("/page/photos/"); // that a server may lack
-    if (message.type() === "error" && !isExample) notes.errors.push(message.text());
+    if (message.type() === "error") notes.errors.push(message.text());
   });
   page.on("pageerror", (error) => notes.errors.push(error.message));
   page.on("request", (request) => notes.origins.add(new URL(request.url()).origin));

@@ -7,7 +7,7 @@ each engine has its own.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -130,15 +130,22 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def estimate_image(shape: Shape, precision: str, point: Point, plan: Plan) -> float:
-    """Joules of one image by published constants: arithmetic and memory alone, without idle power.
+    """Joules of one image that did `plan` at `point`, estimated."""
+    work = plan_macs(shape, plan.kept, plan.refined, scored=bool(np.any(point.thresholds)))
+    return estimate_work(shape, precision, work, plan.kept, plan.refined)
+
+
+def estimate_work(
+    shape: Shape, precision: str, work: int | float, kept: Sequence[int], refined: Sequence[int] | None
+) -> float:
+    """Joules of `work` MACs on so many patches a stage, by published constants: arithmetic and memory alone, without idle power.
 
     In int8, the linear layers of the blocks multiply in 8 bits and read weights of 8 bits; everything else stays in float32.
     """
-    work = plan_macs(shape, plan.kept, plan.refined, scored=bool(np.any(point.thresholds)))
-    moved = numbers_moved(shape, plan.kept, plan.refined)
+    moved = numbers_moved(shape, kept, refined)
     constants, size = FORMATS[precision]
     if precision != "int8":
         return estimate_joules(work, size * moved, constants=HOROWITZ[constants])
-    weights, rounded = block_linears(shape, plan.kept)
-    in_float = estimate_joules(work - rounded, size * (moved - weights))
+    weights, rounded = block_linears(shape, kept)
+    in_float = estimate_joules(max(work - rounded, 0), size * (moved - weights))
     return in_float + estimate_joules(rounded, weights, constants=HOROWITZ["int8"])

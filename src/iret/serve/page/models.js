@@ -3,8 +3,6 @@
 //   open(say) -> info                          as GET /v1/model; `say` hears the share loaded so far
 //   predict(photo, { budget, exitConfidence }) as POST /v1/predict with its trace
 
-const PREPROCESS = { mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5], crop_ratio: 1, interpolation: "bicubic" };
-
 /** A server's refusal: its sentence, and the HTTP status. */
 class Refusal extends Error {
   constructor(sentence, status) {
@@ -19,9 +17,8 @@ export class ServerModel {
 
   async open() {
     const info = await this.#ask("v1/model");
-    // Only drawn with: the server prepares photos itself.
-    this.#preprocess = { ...PREPROCESS, ...info.preprocess, img_size: info.img_size };
-    return { ...info, preprocess: this.#preprocess };
+    this.#preprocess = info.preprocess; // only drawn with: the server prepares photos itself
+    return info;
   }
 
   async predict(photo, { budget, exitConfidence }) {

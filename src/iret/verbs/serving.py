@@ -1,0 +1,71 @@
+"""`serve`: a bundle over HTTP."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+from iret.verbs.console import say
+
+KEY = "IRET_API_KEY"  # environment variable that --api-key env reads
+
+
+def do_serve(args: argparse.Namespace) -> int:
+    try:
+        from iret.serve.server import Options, count_cores, run
+        from iret.serve.service import Limits
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "iret":
+            raise
+        raise ValueError(f"this needs {error.name}, which is not installed; pip install 'iret[serve]'.") from error
+    from iret.runtime.bundle import Bundle
+    from iret.serve.computer import Supply
+    from iret.serve.worker import starter
+
+    for name in ("threads", "rate", "battery_wh", "max_body_mb"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value:g} must be above 0.")
+    limits = Limits(
+        queue=args.queue,
+        body_bytes=round(1e6 * args.max_body_mb),
+        max_pixels=args.max_pixels,
+        timeout_s=args.timeout_s,
+    )
+    options = Options(
+        host=args.host,
+        port=args.port,
+        workers=max(1, count_cores() // args.threads) if args.workers is None else args.workers,
+        max_batch=args.max_batch,
+        batch_wait_s=args.batch_wait_ms / 1e3,
+        limits=limits,
+        api_key=_read_key(args.api_key),
+    )
+    folder = Path(args.bundle)
+    bundle = Bundle.read(folder)
+    bundle.verify(folder)
+    if args.measure:
+        _measure(folder, args.engine, args.threads)
+    supply = Supply(battery_wh=args.battery_wh, images_per_second=args.rate)
+    run(starter(folder, args.engine, args.threads, max_pixels=limits.max_pixels, supply=supply), options, say)
+    return 0
+
+
+def _read_key(word: str | None) -> str | None:
+    """The key that clients must show; None: none."""
+    key = os.environ.get(KEY, "") if word == "env" else word
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError(
+            f"the API key of --api-key is empty or holds a space or an unusual sign; set it in {KEY} and pass --api-key env."
+        )
+    return key
+
+
+def _measure(folder: Path, engine: str | None, threads: int) -> None:
+    """Times the operating points here and keeps the clock in the bundle."""
+    from iret.runtime.session import Session
+
+    say("measuring the clock of this machine")
+    session = Session(folder, engine, threads=threads)
+    session.measure()
+    session.save()
