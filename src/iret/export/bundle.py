@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from iret import doctor
+from iret.export.accuracy import HeldOut
 from iret.export.graphs import FirstStage, LaterStage, SingleGraph
 from iret.export.int8 import Calls, record_inputs
 from iret.export.parity import Parity, check, settings
+from iret.export.points import points_of
 from iret.export.targets import WRITERS, Axes
 from iret.model import Iret
 from iret.runtime.bundle import ENGINES, FILE_NAME, Bundle, GraphFile, checksum
@@ -40,23 +43,20 @@ def export(
     buckets: Sequence[int] = (),
     int8: bool = False,
     images: Tensor | None = None,
+    held_out: HeldOut | None = None,
     say: Say = lambda line: None,
 ) -> tuple[Bundle, Parity]:
     """Write `model`, in eval mode on the CPU, as a bundle of `kind` into the folder `out`, which is new or an older bundle.
 
     `buckets`: numbers of patches that graphs are made for, in place of graphs that take any; all patches are always one of them.
     `images` [B, C, Y, X]: what the bundle is checked on, and int8 calibrated on, as the model takes them; None: noise and
-    smooth blobs, which calibrate nothing.
+    smooth blobs, which calibrate nothing. `held_out`: others, on which int8 is judged and thresholds without exits are measured.
 
     Raises:
         ValueError: an option that the kind cannot do, a folder that is something else, a bundle that differs from the model.
         ImportError: the engine is missing.
     """
     _refuse(model, out, kind, single_graph, buckets)
-    if int8 and kind == "executorch":
-        raise ValueError(
-            "int8 is not there for ExecuTorch yet (docs/export.md); leave out --int8, or use --format onnx or openvino."
-        )
     if int8 and (images is None or single_graph):
         raise ValueError("int8 is calibrated on real images stage by stage; give --data, and leave out --single-graph.")
     out = out.resolve()
@@ -64,11 +64,12 @@ def export(
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         jobs = _jobs(model, kind, single_graph, buckets)
-        bundle, parity = _write(model, scratch, kind, jobs, None, images, say)
+        write = partial(_write, model, scratch, kind, jobs, images, held_out, say)
+        bundle, parity = write(None)
         if int8 and images is not None:
             say("recording what every graph is given")
             calls = record_inputs(scratch, images.numpy(), [each[1:] for each in settings(model, bundle)])
-            bundle, parity = _write(model, scratch, kind, jobs, calls, images, say)
+            bundle, parity = write(calls)
         _move(scratch, out)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -115,9 +116,10 @@ def _write(
     folder: Path,
     kind: str,
     jobs: Sequence[_Job],
-    calls: dict[str, Calls] | None,
     images: Tensor | None,
+    held_out: HeldOut | None,
     say: Say,
+    calls: dict[str, Calls] | None,
 ) -> tuple[Bundle, Parity]:
     """A whole bundle in `folder`, checked against the model; in int8 where every graph's `calls` are given."""
     extension, write = WRITERS[kind]
@@ -130,10 +132,7 @@ def _write(
         stages.setdefault(job.stage, []).append(GraphFile(name, job.tokens))
     if model.labels:
         (folder / LABELS_NAME).write_text("\n".join(model.labels) + "\n")
-    is_single, points = jobs[0].name == "model", model.points
-    if is_single and points is not None and any(point.exit_confidence is not None for point in points.points):
-        say("its operating points leave early, which one graph cannot: this bundle has none, and takes thresholds")
-        points = None
+    is_single = jobs[0].name == "model"
     bundle = Bundle(
         name=model.name,
         kind=kind,
@@ -142,7 +141,7 @@ def _write(
         shape=model.shape,
         preprocess=model.preprocessing,
         labels=model.labels,
-        points=points,
+        points=points_of(model, is_single, held_out, say),
         stages=tuple(tuple(graphs) for graphs in stages.values()),
         max_batch=1 if is_single else _max_batch(kind, any(job.tokens for job in jobs)),
         checksums={path.name: checksum(path) for path in sorted(folder.iterdir()) if path.name != FILE_NAME},
@@ -150,7 +149,7 @@ def _write(
     )
     (folder / FILE_NAME).write_text(bundle.to_json())
     say("checking it against the model")
-    parity = check(model, folder, images)
+    parity = check(model, folder, images, held_out)
     bundle = bundle.with_check(parity.to_dict())
     (folder / FILE_NAME).write_text(bundle.to_json())
     return bundle, parity

@@ -2,7 +2,8 @@
 
 In fp32 every kept and refined patch has to be the same but for ties by rounding (importance within `TIE` of the threshold, or of
 the last patch that stays), which are counted, as are exits whose confidence is as near; and every head's logits within
-`TOLERANCE` where all that agrees. int8 answers differently by nature; there agreement is reported.
+`TOLERANCE` where all that agrees. int8 answers differently by nature: there agreement is counted, and only what no rounding
+explains is a problem (logits that are no numbers, MACs that do not follow from the patches). What it is worth: `accuracy`.
 
 Read first: `iret.runtime.session`, which runs the bundle.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from iret.export.accuracy import Accuracy, HeldOut, judge
 from iret.model import Iret
 from iret.output import Output
 from iret.runtime.bundle import Bundle
@@ -39,6 +41,8 @@ class Parity:
     agree: int = 0  # the same answer, whatever was kept
     logit_error: float = 0.0  # largest difference where the same patches were kept
     problem: str | None = None  # the first thing that is not as it must be
+    is_exact: bool = True  # fp32: other patches and other logits are problems
+    accuracy: tuple[Accuracy, ...] = ()  # of int8, on images that it was not calibrated on
 
     def plus(
         self,
@@ -60,6 +64,8 @@ class Parity:
         logits, macs = model.logits[rows].numpy(), model.macs[rows].numpy()
         for row in range(len(logits)):
             here = f"at {where}, image {rows.start + row}"
+            if not np.isfinite(found.logits[row]).all():
+                problem = problem or f"{here}: logits are not finite"
             last = min(left[row], found.trace.exit_stage[row])  # that both passed
             differs = (kept[:, row] != found.trace.kept[:, row]) | (refined[:, row] != found.trace.refined[:, row])
             differs = differs[: last + 1]
@@ -78,13 +84,13 @@ class Parity:
                 ran = slice(last if np.isnan(earlier).all() else 0, last + 1)  # a single graph has the last head alone
                 gaps = np.abs(stages[ran, row] - found.trace.stage_logits[ran, row]).max(1)
                 error = float(np.max([error, *gaps]))  # NaN stays NaN
-                if not (gaps <= TOLERANCE).all():
+                if self.is_exact and not (gaps <= TOLERANCE).all():
                     problem = problem or f"{here}: logits differ by {gaps.max():.1e}"
                 if macs[row] != found.macs[row]:
                     problem = problem or f"{here}: {found.macs[row]} MACs, not {macs[row]}"
                 continue
             tied, split = tied + is_tie, split + (not is_tie)
-            problem = problem or (None if is_tie else fault)
+            problem = problem or (fault if self.is_exact and not is_tie else None)
         return replace(
             self,
             compared=self.compared + len(logits),
@@ -96,7 +102,8 @@ class Parity:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"tolerance": TOLERANCE, "tie": TIE}
+        """For `bundle.json`."""
+        return asdict(self) | {"accuracy": [asdict(each) for each in self.accuracy], "tolerance": TOLERANCE, "tie": TIE}
 
     def __str__(self) -> str:
         return (
@@ -106,24 +113,32 @@ class Parity:
 
 
 def check(
-    model: Iret, folder: Path, images: Tensor | None = None, *, engine: str | None = None, threads: int | None = None
+    model: Iret,
+    folder: Path,
+    images: Tensor | None = None,
+    held_out: HeldOut | None = None,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
 ) -> Parity:
-    """Compare a bundle with the model on `images` [B, C, Y, X]; None: noise and smooth blobs.
+    """Compare a bundle with the model on `images` [B, C, Y, X]; None: noise and smooth blobs. int8 is judged on `held_out`, too.
 
     Raises:
-        ValueError: an fp32 bundle that differs; says where first.
+        ValueError: a bundle that differs; says where first.
     """
     session = Session(folder, engine, threads=threads)
     parity = compare(model, session, noise_and_blobs(model) if images is None else images)
-    if session.bundle.precision == "float32" and parity.problem is not None:
+    if parity.problem is not None:
         raise ValueError(f"the bundle does not answer as the model does: {parity.problem}. Nothing was kept.")
-    return parity
+    if parity.is_exact or held_out is None:
+        return parity
+    return replace(parity, accuracy=judge(model, session, held_out))
 
 
 @torch.inference_mode()
 def compare(model: Iret, session: Session, images: Tensor, batches: tuple[int, ...] = BATCHES) -> Parity:
     """The bundle against the model at every setting of `settings`, in batches of these sizes."""
-    parity = Parity()
+    parity = Parity(is_exact=session.bundle.precision == "float32")
     for name, thresholds, exit_confidence in settings(model, session.bundle):
         expected = model.run(images, thresholds, exit_confidence)
         strengths = read_strengths(thresholds, len(images), len(model.transitions))
@@ -139,12 +154,13 @@ def compare(model: Iret, session: Session, images: Tensor, batches: tuple[int, .
 
 def settings(model: Iret, bundle: Bundle) -> list[tuple[str, object, float | None]]:
     """What is tried: (name, thresholds, exit confidence)."""
-    if bundle.points is None or model.points is None:
+    points = bundle.points
+    if points is None:
         every = len(model.transitions)
         tried = [[each] * every if isinstance(each, tuple) else each for each in THRESHOLDS]
         return [(f"thresholds {each}", each, None) for each in tried]
-    budgets = [budget for budget in BUDGETS if budget > model.points.cheapest_budget] + [model.points.cheapest_budget]
-    found = [(f"budget {budget:.2f}", model.setting(budget)) for budget in budgets]
+    budgets = [budget for budget in BUDGETS if budget > points.cheapest_budget] + [points.cheapest_budget]
+    found = [(f"budget {budget:.2f}", points.setting(budget)) for budget in budgets]
     return [(name, each.thresholds, each.exit_confidence) for name, each in found]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iret.export.int8 import Calls, quantize_onnx, quantize_openvino
+from iret.export.int8 import Calls, quantize_executorch, quantize_onnx, quantize_openvino
 from iret.runtime.engines import import_or_say
 
 # Opset 20 is the first with Gelu; ONNX Runtime 1.20 and OpenVINO 2024.5 read it.
@@ -68,6 +68,9 @@ def write_executorch(
         from executorch.exir import to_edge_transform_and_lower
 
         exported = torch.export.export(module, inputs, dynamic_shapes=axes, strict=False)
+        if calls is not None:
+            quantized = quantize_executorch(exported.module(), calls)
+            exported = torch.export.export(quantized, inputs, dynamic_shapes=axes, strict=False)
         program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
         path.write_bytes(program.buffer)
 

@@ -2,10 +2,12 @@
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
-from iret.verbs.console import open_data, say, set_threads
+from iret.verbs.console import open_data, print_table, say, set_threads
+
+COLUMNS = ("setting", "images", "top-1 fp32", "int8", "difference", "same answer", "same patches")
+MAX_HELD_OUT = 1000  # images that int8, and thresholds without exits, are judged on
 
 
 def do_export(args: argparse.Namespace) -> int:
@@ -16,13 +18,8 @@ def do_export(args: argparse.Namespace) -> int:
     if args.max_images < 1:
         raise ValueError(f"--max-images {args.max_images} must be 1 or more.")
     set_threads(1)  # tracing is not parallel, and two pools of threads slow each other
-    model, out, images = load(args.model), Path(args.out), None
-    if args.data is not None:
-        from iret.train.data import make_loader
-
-        held_out = open_data(args, "val", model)
-        pixels, _, _ = next(make_loader(held_out, args.max_images, seed=0, epoch=0, shuffle=True, drop_last=False))
-        images = model.normalise(pixels.float() / 255)
+    model, out = load(args.model), Path(args.out)
+    images, held_out = (None, None) if args.data is None else _read_images(args, model)
     bundle, parity = export(
         model,
         out,
@@ -31,12 +28,41 @@ def do_export(args: argparse.Namespace) -> int:
         buckets=args.buckets,
         int8=args.int8,
         images=images,
+        held_out=held_out,
         say=say,
     )
     size = sum((out / name).stat().st_size for name in bundle.checksums)
     if args.json:
-        print(json.dumps({"bundle": str(out), "files": [*bundle.checksums], "bytes": size, "check": asdict(parity)}))
-    else:
-        say(str(parity))
-        say(f"{out}: {len(bundle.checksums)} files, {size / 1e6:.1f} MB, runs on {' or '.join(ENGINES[bundle.kind])}")
+        answer = {"bundle": str(out), "files": [*bundle.checksums], "bytes": size, "check": parity.to_dict()}
+        print(json.dumps(answer))
+        return 0
+    say(str(parity))
+    if parity.accuracy:
+        print_table(COLUMNS, [_row(each) for each in parity.accuracy])
+    say(f"{out}: {len(bundle.checksums)} files, {size / 1e6:.1f} MB, runs on {' or '.join(ENGINES[bundle.kind])}")
     return 0
+
+
+def _read_images(args: argparse.Namespace, model):
+    """Of --data's held-out images: those to check and calibrate on, as the model takes them, and others to judge on or None."""
+    from iret.export.accuracy import HeldOut, split
+    from iret.train.data import make_loader, name_of
+
+    data = open_data(args, "val", model)
+    seen, others = split(data, args.max_images, MAX_HELD_OUT if args.int8 or args.single_graph else 0)
+    pixels, _, skipped = next(make_loader(seen, len(seen), seed=0, epoch=0, shuffle=False, drop_last=False))
+    if not len(pixels):
+        raise ValueError(
+            f"none of {skipped} images of --data {args.data} could be read; give images that can be opened."
+        )
+    return model.normalise(pixels.float() / 255), HeldOut(others, name_of(args.data)) if len(others) else None
+
+
+def _row(each) -> tuple[str, ...]:
+    """An `Accuracy` under COLUMNS."""
+    if each.model is None:
+        scores = ("", "", "")
+    else:
+        gain = f"{100 * (each.bundle - each.model):+.1f} +- {100 * each.interval:.1f}"
+        scores = (f"{each.model:.1%}", f"{each.bundle:.1%}", gain)
+    return each.setting, str(each.images), *scores, f"{each.same_answer:.1%}", f"{each.same_cells:.1%}"

@@ -1,0 +1,175 @@
+"""Each engine's quantiser on a graph of a tiny model: it runs, is smaller, near fp32, and leaves the choice in fp32."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from iret.export import int8
+from iret.export.bundle import _jobs, export
+from iret.export.int8 import MAX_CALLS, record_inputs
+from iret.export.targets import WRITERS
+from iret.model import Iret
+from iret.runtime.bundle import ENGINES, FILE_NAME, Bundle, GraphFile, checksum
+from iret.runtime.cost import Shape
+from iret.runtime.engines import load_graph
+
+pytestmark = pytest.mark.graph  # the hook that checks shapes in signatures cannot be traced
+
+
+def make_model() -> Iret:
+    """12 patches of 8 x 8, two stages, 5 classes."""
+    shape = Shape(
+        img_size=(24, 32), patch_size=8, in_chans=3, num_classes=5, embed_dims=(64, 128), depths=(1, 1), head_dim=32
+    )
+    torch.manual_seed(0)
+    model = Iret(shape).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("qkv.weight") or "head" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def make_images(batch: int) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(batch, 3, 24, 32)).astype(np.float32)
+
+
+class Piece(nn.Module):
+    """What stages are made of, once each: products with a weight, a gather by cells, a product of two activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.answer = nn.Linear(64, 256), nn.Linear(256, 64)
+        self.places = nn.Parameter(torch.randn(13, 256))
+
+    def forward(self, x: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        embedded = self.embed(x)
+        y = embedded + self.places.index_select(0, cell + 1)
+        return self.answer(y + (0.1 * y @ y.mT).softmax(-1) @ y), embedded
+
+
+def make_calls(count: int) -> list[list[np.ndarray]]:
+    draw = np.random.default_rng(2)
+    return [[draw.normal(size=(9, 64)).astype(np.float32), draw.permutation(12)[:9] - 1] for _ in range(count)]
+
+
+def write_piece(path: Path, kind: str, calls=None) -> nn.Module:
+    """Traced with any number of rows, and in int8 where it is calibrated on `calls`."""
+    rows, piece = {0: Dim("rows", min=2, max=64)}, Piece().eval()
+    WRITERS[kind][1](piece, (torch.zeros(5, 64), torch.arange(5)), (rows, rows), path, calls)
+    return piece
+
+
+def size(path: Path) -> int:
+    return path.with_suffix(".bin").stat().st_size if path.suffix == ".xml" else path.stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "executorch"])
+def test_a_graph_in_int8_runs_on_its_engine_near_the_fp32_one(tmp_path, kind):
+    if kind == "openvino":
+        pytest.importorskip("nncf", reason="nncf quantises for OpenVINO; pip install 'iret[openvino-int8]'")
+    path = tmp_path / f"int8{WRITERS[kind][0]}"
+    piece = write_piece(path, kind, make_calls(8))
+    weights = 4 * sum(parameter.numel() for parameter in piece.parameters())
+    assert size(path) < 0.6 * weights  # a quarter, and what is not a weight
+    run = load_graph(ENGINES[kind][0], path, 1)
+    fresh = make_calls(11)[8:]  # not calibrated on
+    with torch.no_grad():
+        expected = [piece(*map(torch.from_numpy, call))[0].numpy() for call in fresh]
+    found = [run(call)[0] for call in fresh]
+    error = np.sqrt(np.square(np.subtract(found, expected)).mean())
+    assert 1e-3 < error / np.std(expected) < 0.08  # rounded to 8 bits, at OpenVINO what is rare is cut off, and no more
+    if kind == "onnx":
+        check_onnx(path)
+    if kind == "executorch":  # ranges are taken a token at a time: rows do not depend on one another
+        louder = [fresh[0][0] * np.where(np.arange(9) == 3, 100, 1)[:, None].astype(np.float32), fresh[0][1]]
+        others = np.arange(9) != 3
+        np.testing.assert_allclose(run(louder)[1][others], run(fresh[0])[1][others], rtol=0, atol=1e-6)
+
+
+def check_onnx(path: Path) -> None:
+    """Products with a weight are int8, those of activations are not, and nothing half-way is left."""
+    nodes = importlib.import_module("onnx").load(path).graph.node
+    is_int8 = {output: node.op_type == "DequantizeLinear" for node in nodes for output in node.output}
+    products = [[is_int8.get(each) for each in node.input[:2]] for node in nodes if node.op_type in ("MatMul", "Gemm")]
+    assert sorted(all(each) for each in products) == [False, False, True, True]
+    assert not any(any(each) for each in products if not all(each))
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+# ---- what is calibrated on
+
+
+def write_bundle(folder: Path, model: Iret, buckets=()) -> dict[str, object]:
+    """A bundle of empty files, and the graphs that stand for them."""
+    jobs = _jobs(model, "onnx", False, buckets)
+    stages: dict[int, list[GraphFile]] = {}
+    for job in jobs:
+        (folder / job.name).touch()
+        stages.setdefault(job.stage, []).append(GraphFile(job.name, job.tokens))
+    bundle = Bundle(
+        name=model.name,
+        kind="onnx",
+        is_single=False,
+        precision="float32",
+        shape=model.shape,
+        preprocess=model.preprocessing,
+        labels=None,
+        points=None,
+        stages=tuple(tuple(each) for each in stages.values()),
+        max_batch=1 if buckets else None,
+        checksums={job.name: checksum(folder / job.name) for job in jobs},
+    )
+    (folder / FILE_NAME).write_text(bundle.to_json())
+    return {job.name: job.graph for job in jobs}
+
+
+@pytest.fixture
+def run_torch(monkeypatch):
+    """Graphs by name, in place of an engine."""
+    graphs: dict[str, object] = {}
+
+    def load(engine, path, threads):
+        def run(inputs):
+            with torch.no_grad():
+                return [each.numpy() for each in graphs[path.name](*map(torch.from_numpy, inputs))]
+
+        return run
+
+    monkeypatch.setattr(int8, "load_graph", load)
+    return graphs
+
+
+def test_every_graph_is_calibrated_on_what_it_was_given_at_every_setting(tmp_path, run_torch):
+    run_torch.update(write_bundle(tmp_path, make_model()))
+    images = make_images(3)
+    calls = record_inputs(tmp_path, images, [(0.0, None), (50.0, None)])
+    assert {name: len(seen) for name, seen in calls.items()} == {"stage_0": 6, "stage_1": 6}
+    firsts = [call[0] for call in calls["stage_0"]]
+    assert all(any((each == image).all() for each in firsts) for image in images[:, None])
+    # everything kept, and the floor alone
+    assert sorted({call[0].shape[1] for call in calls["stage_1"]}) == [5, 13]
+
+
+def test_a_graph_is_calibrated_on_so_many_calls_at_most(tmp_path, run_torch):
+    run_torch.update(write_bundle(tmp_path, make_model()))
+    calls = record_inputs(tmp_path, make_images(MAX_CALLS + 1), [(50.0, None)])
+    assert len(calls["stage_0"]) == MAX_CALLS
+
+
+def test_a_bucket_that_no_image_fills_is_named_with_the_way_out(tmp_path, run_torch):
+    run_torch.update(write_bundle(tmp_path, make_model(), buckets=(6,)))
+    with pytest.raises(ValueError, match=r"no image of --data ran stage_1_6.*give more, or leave that bucket out"):
+        record_inputs(tmp_path, make_images(1), [(0.0, None)])
+
+
+def test_what_int8_needs_is_said_before_anything_is_written(tmp_path):
+    for options in ({}, {"images": torch.from_numpy(make_images(1)), "single_graph": True}):
+        with pytest.raises(ValueError, match="give --data, and leave out --single-graph"):
+            export(make_model(), tmp_path / "bundle", int8=True, **options)
+    assert not any(tmp_path.iterdir())
