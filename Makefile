@@ -18,7 +18,7 @@ PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c const
 TEST_ENV := GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/tests$${PYTHONPATH:+:$$PYTHONPATH}"
 PYTEST := $(TEST_ENV) $(VENV)/bin/python -m pytest
 HOOK := --jaxtyping-packages=iret,beartype.beartype
-WORKERS := -n logical --maxprocesses 4 --dist loadgroup
+WORKERS := -n logical --maxprocesses 4
 
 help:
 	@echo "make demo      install what the demo needs and run it: a table, and pictures in $(DEMO_OUT)/"
@@ -43,10 +43,11 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# The hook that executes the shapes in the signatures breaks compilation and export, hence a second pass without it.
+# The hook that executes the shapes in the signatures breaks compilation and export, hence a second pass without it, where a
+# file's tests stay in one process: what one has traced, others check.
 test: $(VENV)/.installed-dev
-	$(PYTEST) $(WORKERS) $(HOOK) -m "not graph and not soak" $(TEST_FLAGS)
-	$(PYTEST) $(WORKERS) -m "graph and not soak" $(TEST_FLAGS)
+	$(PYTEST) $(WORKERS) --dist worksteal $(HOOK) -m "not graph and not soak" $(TEST_FLAGS)
+	$(PYTEST) $(WORKERS) --dist loadfile -m "graph and not soak" $(TEST_FLAGS)
 
 page-test: $(VENV)/.installed-dev tests/page/node_modules/.package-lock.json
 	@command -v $${CHROMIUM:-/usr/bin/chromium} > /dev/null || { echo "Chromium is not installed: apt install chromium, or CHROMIUM=/path"; exit 1; }

@@ -63,13 +63,18 @@ def make_data(model: Iret, shift: int = 0) -> ImageData:
     return ImageData(range(NUM_IMAGES), rows.__getitem__, tuple("abcde"), model.preprocessing, "skip")
 
 
+@pytest.fixture(scope="module")
+def table() -> OperatingPoints:
+    """Of the model and its images; many a property is one of every table."""
+    model = make_model()
+    return calibrate(model, make_data(model), data_name="mine", trials=1)
+
+
 def shares(table: OperatingPoints) -> list[float]:
     return [point.macs_mean / table.full_macs for point in table.points]
 
 
-def test_points_go_from_the_whole_model_down():
-    model = make_model()
-    table = calibrate(model, make_data(model), data_name="mine", trials=1)
+def test_points_go_from_the_whole_model_down(table):
     assert len(table.points) > 4
     assert shares(table) == sorted(shares(table), reverse=True)
     assert len(set(shares(table))) == len(table.points)
@@ -77,12 +82,10 @@ def test_points_go_from_the_whole_model_down():
     assert whole.thresholds == ((0.0, 0.0), (0.0, 0.0))
     assert whole.kept_mean == (24.0, 24.0, 24.0)
     assert whole.accuracy == 1.0
-    assert whole.macs_mean == whole.macs_p95 == full_macs(model.shape) + 5 * (16 + 32)  # all heads answer
+    assert whole.macs_mean == whole.macs_p95 == full_macs(make_model().shape) + 5 * (16 + 32)  # all heads answer
 
 
-def test_neighbouring_points_lie_close():
-    model = make_model()
-    table = calibrate(model, make_data(model), data_name="mine", trials=1)
+def test_neighbouring_points_lie_close(table):
     steps = -np.diff(shares(table))
     thresholds = np.diff([point.thresholds[-1][0] for point in table.points])
     assert np.all((steps <= 0.05) | (thresholds <= 0.01))
@@ -95,10 +98,9 @@ def test_the_table_says_what_it_was_measured_on_and_survives_its_file():
     assert OperatingPoints.from_json(table.to_json()) == table
 
 
-def test_a_measured_point_is_served_exactly_on_the_same_images():
+def test_a_measured_point_is_served_exactly_on_the_same_images(table):
     model = make_model()
     data = make_data(model)
-    table = calibrate(model, data, data_name="mine", trials=1)
     measured = table.points[1:]  # the first is the budget of 1
     settings = [table.setting(share) for share in shares(table)[1:]]
     for point, score in zip(measured, evaluate(model, data, settings), strict=True):
@@ -106,10 +108,9 @@ def test_a_measured_point_is_served_exactly_on_the_same_images():
             assert asdict(score)[part] == asdict(point)[part], part
 
 
-def test_budgets_between_points_are_met_on_the_same_images():
+def test_budgets_between_points_are_met_on_the_same_images(table):
     model = make_model()
     data = make_data(model)
-    table = calibrate(model, data, data_name="mine", trials=1)
     budgets = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
     assert table.cheapest_budget < min(budgets)
     scores = evaluate(model, data, [table.setting(budget) for budget in budgets])
@@ -216,10 +217,8 @@ def test_what_an_exit_would_have_given_is_what_it_gives(confidence):
         assert asdict(score)[part] == asdict(point)[part], part
 
 
-def test_plans_are_what_a_spread_of_the_images_did():
+def test_plans_are_what_a_spread_of_the_images_did(table):
     model = make_model()
-    data = make_data(model)
-    table = calibrate(model, data, data_name="", trials=1)
     for point in table.points:
         assert len(point.plans) == NUM_PLANS
         costs = [plan_macs(model.shape, p.kept, p.refined, scored=bool(np.any(point.thresholds))) for p in point.plans]
@@ -227,9 +226,8 @@ def test_plans_are_what_a_spread_of_the_images_did():
         assert np.mean(costs) == pytest.approx(point.macs_mean, rel=0.05)  # 12 of 48 images
 
 
-def test_a_replay_does_the_work_of_its_plan(monkeypatch):
+def test_a_replay_does_the_work_of_its_plan(table, monkeypatch):
     model = make_model()
-    table = calibrate(model, make_data(model), data_name="", trials=1)
     image = torch.randn(1, 3, 32, 48)
     asked: list[tuple[tuple, dict]] = []
     note = lambda *args, **kinds: asked.append((args, kinds)) or SimpleNamespace(logits=None)  # noqa: E731
@@ -265,11 +263,11 @@ def test_a_search_that_goes_on_runs_nothing_twice(tmp_path, monkeypatch):
 def test_a_search_whose_file_was_cut_off_anywhere_ends_at_the_same_table(tmp_path):
     model, file = make_model(), tmp_path / "search.jsonl"
     data = make_data(model)
-    table = calibrate(model, data, data_name="mine", memory_path=file)
+    table = calibrate(model, data, data_name="mine", trials=2, memory_path=file)
     whole = file.read_bytes()
     for cut in (0.1, 0.5, 0.9, 0.999):
         file.write_bytes(whole[: int(cut * len(whole))])
-        assert calibrate(model, data, data_name="mine", memory_path=file) == table
+        assert calibrate(model, data, data_name="mine", trials=2, memory_path=file) == table
         assert file.read_bytes() == whole
 
 

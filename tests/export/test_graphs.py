@@ -11,21 +11,9 @@ from iret.export.bundle import _jobs  # what is traced, without the tracing
 from iret.export.parity import TIE, Parity, compare
 from iret.model import Iret
 from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum
-from iret.runtime.cost import LIFTINGS, Shape
+from iret.runtime.cost import LIFTINGS
 from iret.runtime.session import Session
-
-
-def make_model(seed: int = 0, **options) -> Iret:
-    """12 patches of 8 x 8 in 3 rows, three stages, 5 classes; attention far from uniform, lifting far from Haar's."""
-    settings = dict(img_size=(24, 32), patch_size=8, in_chans=3, num_classes=5, embed_dims=(16, 32, 48), head_dim=16)
-    torch.manual_seed(seed)
-    model = Iret(Shape(**{**settings, "depths": (2, 3, 1), **options})).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("qkv.weight") or "head" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-        elif parameter.dim() == 1:
-            parameter.data += 0.1 * torch.randn(parameter.shape)
-    return model
+from models import make_model
 
 
 def torch_session(

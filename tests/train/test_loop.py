@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 
 import iret
-from iret import cli
+from iret import calibrate, cli
 from iret.train import checkpoint, loop, recipe
 from iret.train.loop import RunOptions, build_model, fit_batch, resample_positions, train
 from iret.train.recipe import Recipe
@@ -67,12 +68,14 @@ def losses(out: Path) -> dict[int, str]:
         return {int(row["step"]): row["loss"] for row in csv.DictReader(file) if row["loss"]}
 
 
-def run_script(data: Path, out: Path, recipe: str, *, resume: bool = False) -> list[str]:
+def run_script(
+    data: Path, out: Path, recipe: str, *, resume: bool = False, stop_after_minutes: float | None = None
+) -> list[str]:
     """A command line that trains; the recipe is the name of one above."""
     code = (
         "import sys; from pathlib import Path; from iret.train import loop; import test_loop; loop.LOG_EVERY = 1; "
         f"loop.train(test_loop.{recipe}, loop.RunOptions(data={str(data)!r}, out=Path({str(out)!r}), device='cpu', "
-        f"resume={resume}, checkpoint_minutes=0.0005))"
+        f"resume={resume}, stop_after_minutes={stop_after_minutes}, checkpoint_minutes=0.0005))"
     )
     return [sys.executable, "-c", code]
 
@@ -81,6 +84,15 @@ def environment() -> dict[str, str]:
     here = str(Path(__file__).parent)
     paths = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
+
+
+@pytest.fixture(autouse=True)
+def few_points(monkeypatch):
+    """The table at the end of a run, from few evaluations; how it is found is in test_calibrate."""
+    monkeypatch.setattr(loop, "calibrate", partial(calibrate.calibrate, trials=1))
+    monkeypatch.setattr(calibrate, "SEARCH_RUNGS", (0.0, 2.0))
+    monkeypatch.setattr(calibrate, "FIRST_RUNGS", (0.0, 2.0))
+    monkeypatch.setattr(calibrate, "LARGEST_GAP", 1.0)
 
 
 def golden_losses(folder: Path) -> list[float]:
@@ -101,37 +113,62 @@ def test_ten_steps_have_the_golden_losses(tmp_path: Path) -> None:
     assert golden_losses(tmp_path) == pytest.approx(golden, abs=5e-3)
 
 
-def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    data = write_images(tmp_path / "data")
+@pytest.fixture
+def as_in_a_script(monkeypatch):
+    """This process trains as `run_script` does: on one thread, and every step is logged."""
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(tmp_path: Path, as_in_a_script) -> None:
+    data = write_images(tmp_path / "data", num_train=64)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(run_script(data, whole, "TINY"), env=environment(), check=True, capture_output=True)
+    options = RunOptions(data=str(data), out=whole, device="cpu")
+    train(TINY, options)
     victim = subprocess.Popen(run_script(data, broken, "TINY"), env=environment(), stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while not ((broken / "log.csv").exists() and len(losses(broken)) > 6):
+    while not ((broken / "log.csv").exists() and len(losses(broken)) > 3):
         assert victim.poll() is None and time.monotonic() < deadline, "the run ended or hung before it could be killed"
         time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    assert 6 < len(losses(broken)) < 20
-    subprocess.run(run_script(data, broken, "TINY", resume=True), env=environment(), check=True, capture_output=True)
+    assert 3 < len(losses(broken)) < 16
+    train(TINY, replace(options, out=broken, resume=True))
     assert losses(broken) == losses(whole)
     first, second = iret.load(whole).state_dict(), iret.load(broken).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+def launch_two(*runs: str) -> None:
+    """What torchrun does, with processes that are forked once everything is imported; `runs` is code, one after another."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    here = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", rdzv_configs={"is_host": True}, run_id="two")
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", max_restarts=0, **here)
+    elastic_launch(config, run_all)(*runs)
+
+
+def run_all(*runs: str) -> None:
+    for run in runs:
+        exec(run, {})
+
+
+def test_two_processes_give_the_losses_of_one_and_stop_at_the_same_step(tmp_path: Path, as_in_a_script) -> None:
     data = write_images(tmp_path / "data", num_train=24)
-    one, two = tmp_path / "one", tmp_path / "two"
-    subprocess.run(run_script(data, one, "PLAIN"), env=environment(), check=True, capture_output=True)
-    script = tmp_path / "run.py"
-    script.write_text(run_script(data, two, "PLAIN")[2])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    subprocess.run(torchrun, env=environment(), check=True, capture_output=True)
+    one, two, stopped = tmp_path / "one", tmp_path / "two", tmp_path / "stopped"
+    train(PLAIN, RunOptions(data=str(data), out=one, device="cpu"))
+    runs = run_script(data, two, "PLAIN"), run_script(data, stopped, "PLAIN", stop_after_minutes=0.0)
+    code = f"import test_loop; test_loop.launch_two{tuple(code for *_, code in runs)}"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True, capture_output=True, timeout=120)
     alone, together = losses(one), losses(two)
     assert alone.keys() == together.keys() and len(alone) == 6
     for step in alone:
         # Means over halves of a batch are rounded differently; AdamW's first steps magnify that.
         assert float(together[step]) == pytest.approx(float(alone[step]), abs=2e-3), step
+    assert list(losses(stopped)) == [0]
 
 
 def test_one_seed_gives_identical_weights_and_another_does_not(tmp_path: Path) -> None:
@@ -199,17 +236,6 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved(tmp_path: Path
     monkeypatch.setattr(loop, "build_model", interrupt)
     assert cli.main(["train", "--data", "cluttered-digits", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 130
     assert "stopped before anything was saved" in capsys.readouterr().err
-
-
-def test_processes_stop_at_the_same_step(tmp_path: Path) -> None:
-    data, out = write_images(tmp_path / "data", num_train=24), tmp_path / "out"
-    script = tmp_path / "run.py"
-    script.write_text(
-        run_script(data, out, "PLAIN")[2].replace("checkpoint_minutes", "stop_after_minutes=0.0, checkpoint_minutes")
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    subprocess.run(torchrun, env=environment(), check=True, capture_output=True, timeout=120)
-    assert list(losses(out)) == [0]
 
 
 def test_fine_tuning_starts_from_another_size_and_number_of_classes(tmp_path: Path) -> None:
@@ -331,6 +357,6 @@ def test_any_seed_that_fits_64_bits_is_one(tmp_path: Path) -> None:
 def test_bf16_goes_through_all_three_parts_of_a_run(tmp_path: Path) -> None:
     data = str(write_images(tmp_path / "data", num_train=16))
     rounded = replace(TINY, precision="bf16-mixed", full_until=0.3, sampled_until=0.6)
-    train(rounded, RunOptions(data=data, out=tmp_path / "out", device="cpu", steps=6))
+    train(rounded, RunOptions(data=data, out=tmp_path / "out", device="cpu", steps=3))
     weights = iret.load(tmp_path / "out").state_dict()
     assert all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in weights.values())
