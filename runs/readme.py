@@ -29,7 +29,7 @@ def main() -> None:
         accuracy, control = tables((folder / "README.md").read_text())
         text = between(f"{folder.name} accuracy", accuracy, text)
         text = between(f"{folder.name} control", control, text)
-    for kind in ("speed", "engines", "batch", "bundle"):
+    for kind in ("speed", "engines", "precision", "batch", "bundle"):
         timing = max((ROOT / "results").glob(f"*_{kind}_*"))
         said = (timing / "README.md").read_text().rstrip()
         text = between(kind, f"{said}\n\nRaw samples: `{timing.relative_to(ROOT)}/`.\n", text)
