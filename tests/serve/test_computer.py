@@ -118,7 +118,7 @@ def test_without_a_clock_a_battery_goes_by_estimated_joules():
         (PretendSession(is_single=True), {"deadline_ms": 5.0}, "a single graph"),
         (measured(), {"ms": 1.0}, "below the cheapest operating point"),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, PretendSession) else str(value),  # no address: workers collect alike
 )
 def test_what_the_bundle_cannot_do_is_refused_in_a_sentence(session, ask, sentence):
     [found] = Computer(session, max_pixels=10_000)([job(**ask)])
