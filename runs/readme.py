@@ -26,9 +26,12 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     for folder in sorted((ROOT / "src/iret/checkpoints").iterdir()):
-        accuracy, control = tables((folder / "README.md").read_text())
+        card = (folder / "README.md").read_text()
+        accuracy, control = tables(card)
         text = between(f"{folder.name} accuracy", accuracy, text)
         text = between(f"{folder.name} control", control, text)
+        if beside := re.search(r"## Beside a model without a dial\n\n(.*\n)", card):
+            text = between(f"{folder.name} static", beside[1], text)
     for kind in ("speed", "engines", "precision", "batch", "bundle"):
         timing = max((ROOT / "results").glob(f"*_{kind}_*"))
         said = (timing / "README.md").read_text().rstrip()

@@ -10,4 +10,5 @@ iret calibrate "$run" --data "$data" --threads 1
 iret card "$run" --data "$data" --name "$name"
 mkdir -p "$target"
 cp "$run"/{config.json,model.safetensors,points.json,recipe.json,log.csv,README.md} "$target/"
+if [ -e "$run/static_vit.json" ]; then cp "$run/static_vit.json" "$target/"; fi   # recipe.json of benchmarks/static_vit.py
 ls -l "$target"

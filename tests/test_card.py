@@ -1,6 +1,7 @@
 """The model card: figures from scores typed by hand, and the whole card of a small model."""
 
 import copy
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -169,3 +170,19 @@ def test_terms_of_the_data_are_told_where_they_are_known(tmp_path, data_name, te
     text = write(make_model(1.001, 0.5), tmp_path, data_name)
     assert terms in text.split("## Terms of the data\n")[1]
     assert f"2 classes of {data_name}:" in text
+
+
+def test_a_static_model_trained_beside_it_is_named(tmp_path):
+    assert "without a dial" not in write(make_model(1.0, 0.5), tmp_path)
+    found = {
+        "macs": 146_500_000,
+        "embed_dim": 136,
+        "minutes": 124.0,
+        "steps": 14_900,
+        "epochs": 20.11,
+        "test_top1": 0.7123,
+    }
+    (tmp_path / card.STATIC_NAME).write_text(json.dumps(found))
+    text = write(make_model(1.0, 0.5), tmp_path)
+    assert "146.5 M MACs at any image (width 136, as many blocks)" in text
+    assert "124 minutes of an idle machine, which made 14,900 steps (20.1 epochs): 71.23%" in text

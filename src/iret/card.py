@@ -17,6 +17,7 @@ from iret.train.data import ImageData
 
 DROPS = (0.3, 0.5, 0.7)  # share of live patches dropped at each transition, for the comparison with random choice
 NUM_SEEDS = 3
+STATIC_NAME = "static_vit.json"  # what `benchmarks/static_vit.py` found for this model's recipe and data
 
 TERMS = {
     "cluttered-digits": "Made from the UCI data set *Optical Recognition of Handwritten Digits* as scikit-learn distributes it; "
@@ -55,6 +56,7 @@ def write_card(
         ["## Accuracy and cost"],
         [measured],
         _budget_table(model, budgets, scores),
+        *_beside_static(folder),
         ["## Is it the attention?"],
         [control],
         _control_table(_compare_choices(model, data, max_images)),
@@ -103,6 +105,20 @@ def _control_table(compared: list[tuple[Score, list[Score]]]) -> list[str]:
         gain = 100 * (chosen.accuracy - mean)
         lines.append(f"| {kept} | {chosen.accuracy:.2%} | {mean:.2%} ({spread}) | {gain:+.2f} |")
     return lines
+
+
+def _beside_static(folder: Path) -> list[list[str]]:
+    """A section on the plain ViT of the same MACs, where one was trained."""
+    if not (folder / STATIC_NAME).exists():
+        return []
+    found = json.loads((folder / STATIC_NAME).read_bytes())
+    sentence = (
+        f"A plain ViT of {found['macs'] / 1e6:.1f} M MACs at any image (width {found['embed_dim']}, as many blocks), "
+        f"trained with the same recipe on the same images for as long, {found['minutes']:.0f} minutes of an idle machine, "
+        f"which made {found['steps']:,} steps ({found['epochs']:.1f} epochs): {found['test_top1']:.2%} "
+        "(`benchmarks/static_vit.py`)."
+    )
+    return [["## Beside a model without a dial"], [sentence]]
 
 
 def _training(folder: Path) -> str:
