@@ -18,7 +18,7 @@ ort.env.wasm.wasmBinary = readFileSync(new URL("ort-wasm-simd-threaded.wasm", di
 
 const bundle = JSON.parse(readFileSync(join(folder, "bundle.json"), "utf8"));
 const graphs = [];
-for (const [{ file }] of bundle.stages) graphs.push(await openGraph(ort, readFileSync(join(folder, file))));
+for (const [{ file }] of bundle.stages) graphs.push(await openGraph(ort, new Uint8Array(readFileSync(join(folder, file)))));
 const session = new Session(bundle, graphs);
 const { pixels, settings } = JSON.parse(readFileSync(requests, "utf8"));
 const found = [];

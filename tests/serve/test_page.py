@@ -1,11 +1,13 @@
 """The page's JavaScript against the Python it ports, in node alone. In a browser: `test_page_driven`."""
 
+import asyncio
 import base64
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +19,8 @@ from iret.runtime.cost import Shape, block_linears, full_macs, numbers_moved, pl
 from iret.runtime.points import OperatingPoints, Point
 from iret.runtime.preprocess import INTERPOLATIONS, Preprocess
 from iret.runtime.session import Session
+from iret.runtime.timing import estimate_work
+from iret.serve.app import FreshFiles
 from iret.serve.site import INTEGRITY, PACKAGE, VERSION
 
 ROOT = Path(__file__).parents[2]
@@ -98,8 +102,9 @@ def test_photos_are_resized_as_pillow_does_to_the_last_bit():
 
 
 @needs_node
-def test_a_photo_larger_than_a_strip_is_read_whole():
-    pixels = np.random.default_rng(1).integers(0, 256, (900, 2500, 3), dtype=np.uint8)
+@pytest.mark.parametrize("size", [(900, 2500), (2500, 500)], ids=["wide", "tall"])  # tall: the other pass comes first
+def test_a_photo_larger_than_a_strip_is_read_whole(size):
+    pixels = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
     preprocess = Preprocess(img_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
     [found] = ask(("fit", to_image(pixels), preprocess.to_dict()))
     np.testing.assert_array_equal(found, preprocess.fit(Image.fromarray(pixels)).ravel())
@@ -180,27 +185,50 @@ def test_a_budget_that_cannot_be_is_one_sentence():
     assert "outside (0, 1]" in outside["error"]
 
 
+IMAGE = (np.arange(768) % 251).astype(np.float32).reshape(1, 3, 16, 16)
+
+
 @needs_node
 def test_a_run_passes_the_stages_as_python_s_session_does(tmp_path):
     rows = [(((0.0, 0.0),) * 2, None, 1.0), (((0.6, 1.2), (0.9, 0.9)), None, 0.5), (((2.0, 2.0),) * 2, 0.7, 0.2)]
     bundle = make_bundle(make_points(SHAPES[0], rows))
-    options = [{"budget": each} for each in (1, 0.9, 0.6, 0.5, 0.3, 0.2)]
+    options = [{"budget": each} for each in (None, 1.0, 0.9, 0.6, 0.5, 0.3, 0.2)]
     options += [{"budget": 0.5, "exitConfidence": each} for each in (0.5, 0.7, 0.99)]
     session = pretend_session(bundle, tmp_path)
     found = ask(*(("run", json.loads(bundle.to_json()), each) for each in options))
     exits = set()
     for each, answer in zip(options, found, strict=True):
-        out = session(
-            np.zeros((1, 3, 16, 16), np.float32), float(each["budget"]), exit_confidence=each.get("exitConfidence")
-        )  # fmt: skip
-        assert answer["kept"] == out.trace.kept.reshape(3, -1).astype(int).tolist(), each
-        assert answer["refined"] == out.trace.refined.reshape(3, -1).astype(int).tolist(), each
+        out = session(IMAGE, each["budget"], exit_confidence=each.get("exitConfidence"))
+        kept, refined = out.trace.kept.reshape(3, -1), out.trace.refined.reshape(3, -1)
+        assert answer["kept"] == kept.astype(int).tolist(), each
+        assert answer["refined"] == refined.astype(int).tolist(), each
+        assert answer["logits"] == out.logits[0].tolist(), each
         assert (answer["macs"], answer["exitStage"]) == (out.macs[0], out.trace.exit_stage[0]), each
+        counts = (grids.sum(1)[: answer["exitStage"] + 1].tolist() for grids in (kept, refined))
+        joules = estimate_work(bundle.shape, "float32", answer["macs"], *counts)
+        assert answer["joules"] == pytest.approx(joules, rel=1e-12), each
         exits.add(answer["exitStage"])
     assert exits == {0, 1, 2}
 
 
-def pretend_session(bundle: Bundle, folder: Path) -> Session:
+@needs_node
+def test_without_operating_points_everything_is_computed(tmp_path):
+    bundle = make_bundle()
+    [found] = ask(("run", json.loads(bundle.to_json()), {"budget": None, "exitConfidence": None}))
+    assert found["kept"] == [[1] * 16] * 3
+    assert found["logits"] == pretend_session(bundle, tmp_path)(IMAGE).logits[0].tolist()
+
+
+@needs_node
+def test_a_broken_model_leaves_early_only_where_images_may(tmp_path):
+    raw = json.loads(make_bundle().to_json())
+    never, may = ask(("run", raw, {}, True), ("run", raw, {"exitConfidence": 0.9}, True))
+    session = pretend_session(make_bundle(), tmp_path, is_broken=True)
+    assert never["exitStage"] == session(IMAGE).trace.exit_stage[0] == 2
+    assert may["exitStage"] == session(IMAGE, exit_confidence=0.9).trace.exit_stage[0] == 0
+
+
+def pretend_session(bundle: Bundle, folder: Path, *, is_broken: bool = False) -> Session:
     """A session whose graphs do the arithmetic of `pretend` in pieces.mjs."""
     names = [graphs[0].file for graphs in bundle.stages]
     for name in names:
@@ -213,16 +241,28 @@ def pretend_session(bundle: Bundle, folder: Path) -> Session:
         stage = int(path.stem.split("_")[1])
 
         def run(inputs):
-            cells = inputs[1] if stage else np.arange(-1, 16)[None]
+            cells = np.arange(-1, 16)
+            if stage == 0:
+                values = cells + 3 + weigh(inputs[0].reshape(1, -1))
+            else:
+                x, cells, pixels, source, bias = inputs
+                read = weigh(pixels.reshape(len(pixels), -1))[source[0]]
+                values = cells[0] + 3 + weigh(x[0]) + read + bias[0].astype(np.int64)
             logits = np.zeros((1, 3), np.float32)
-            logits[0, stage] = 1 + stage
-            received = ((cells * 7 + 3 * stage) % 16 / 16).astype(np.float32)
-            x = np.zeros((1, cells.shape[1], bundle.shape.embed_dims[stage]), np.float32)
-            return [logits] if stage == 2 else [x, received, logits]
+            logits[0, stage] = 1 + stage + values.sum() % 8 / 64
+            if is_broken:
+                logits[:] = np.nan
+            x = (values[:, None] + np.arange(bundle.shape.embed_dims[stage])) % 97
+            received = values % 16 / 16
+            return [logits] if stage == 2 else [x[None].astype(np.float32), received[None].astype(np.float32), logits]
 
         return run
 
     return Session(folder, load=load)
+
+
+def weigh(rows: np.ndarray) -> np.ndarray:
+    return (rows.astype(np.int64) * (1 + np.arange(rows.shape[1]) % 7)).sum(1)
 
 
 @needs_node
@@ -247,6 +287,18 @@ def test_the_page_asks_nobody_but_its_own_server():
     assert "unsafe-inline" not in index
     assert index.count("<script") == index.count('<script type="module" src=') == 1
     assert "style=" not in index and "onclick=" not in index
+
+
+def test_a_browser_asks_whether_the_files_it_has_still_hold():
+    async def scene():
+        transport = httpx.ASGITransport(FreshFiles(directory=PAGE))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            first = await client.get("/main.js")
+            return first, await client.get("/main.js", headers={"If-None-Match": first.headers["etag"]})
+
+    first, again = asyncio.run(scene())
+    assert (first.status_code, again.status_code) == (200, 304)
+    assert first.headers["cache-control"] == again.headers["cache-control"] == "no-cache"
 
 
 def test_what_the_page_installs_for_its_tests_is_what_a_site_ships():

@@ -12,6 +12,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,13 +45,21 @@ def static(bundle, tmp_path_factory) -> Iterator[str]:
     """The address of its site, on a server that knows nothing but files."""
     out = tmp_path_factory.mktemp("static") / "site"
     build_site(bundle, out, runtime=DRIVEN / "node_modules" / PACKAGE)
-    handler = partial(QuietFiles, directory=str(out))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with serving(out) as url:
+        yield url
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address of the files of a folder."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietFiles, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 class QuietFiles(SimpleHTTPRequestHandler):
@@ -115,9 +124,27 @@ def test_the_dial_turns_by_keys_and_everything_follows(turned, mode):
     assert float(found["early"]["macs"].split()[0]) < macs[-1]
     assert found["offline"]["budget"] == "45"
     if mode == "browser":
-        assert found["offline"]["alert"] is None
+        assert found["offline"]["alert"] is found["example"]["alert"] is None
+        assert found["example"]["outcome"].startswith("Rocket: ") and len(found["example"]["answers"]) == 5
     else:
         assert "does not answer" in found["offline"]["alert"]
+        assert found["example"]["outcome"] == "Rocket, not looked at yet"
+
+
+def test_photos_are_dropped_and_pasted_and_a_text_is_not(static):
+    found = drive("ways", static)
+    for kind in ("drop", "paste"):
+        assert found[kind]["outcome"].startswith(f"{kind}.jpg: ") and found[kind]["alert"] is None
+    assert found["text"]["alert"].startswith("That was not a file; ")
+
+
+def test_a_key_is_entered_wrong_then_right_and_sent_with_every_question(served):
+    found = drive("key", served, photo=PHOTO)
+    assert found["wrong"] == {"form": True, "said": "the key is wrong."}
+    assert not found["form"] and found["focus"] == "file"
+    assert found["heard"][:3] == [["/v1/model", None], ["/v1/model", "wrong"], ["/v1/model", "right"]]
+    assert ["/v1/predict", "right"] in found["heard"][3:]
+    assert found["right"]["alert"] is None and len(found["right"]["answers"]) == 5
 
 
 def test_both_modes_answer_alike(turned):
@@ -131,27 +158,35 @@ def test_a_phone_shows_it_in_light_and_in_dark(static):
     assert found["light"]["width"] == found["dark"]["width"] == 360
     assert found["light"]["paper"] != found["dark"]["paper"]
     for scheme in ("light", "dark"):
-        assert found[scheme]["contrast"]["ratio"] >= 4.5, found[scheme]["contrast"]
+        for state, least in found[scheme]["contrasts"].items():
+            assert least["ratio"] >= 4.5, (scheme, state, least)
         assert len(found[scheme]["answers"]) == 5
 
 
 @pytest.mark.parametrize("mode", ["static", "served"])
 def test_a_webcam_is_looked_through_until_it_is_stopped(mode, request):
     found = drive("webcam", request.getfixturevalue(mode))
-    assert (found["on"]["pressed"], found["off"]["pressed"]) == ("true", "false")
+    assert (found["on"]["webcam"], found["on"]["live"]) == ("Stop the webcam", 1)
+    assert (found["off"]["webcam"], found["off"]["live"]) == ("Webcam", 0)
     assert found["on"]["outcome"].startswith("the webcam: ")
     assert found["on"]["alert"] is None
-    assert "No webcam" in found["none"]["alert"]
+    assert found["dropped"]["outcome"].startswith("drop.jpg: ")
+    assert (found["dropped"]["webcam"], found["dropped"]["live"]) == ("Webcam", 0)
+    assert found["refused"]["alert"].startswith("The webcam was not allowed; ")
+    assert found["none"]["alert"].startswith("No webcam could be opened; ")
 
 
 def test_failures_are_one_sentence_in_the_page(static, served, tmp_path):
     broken = tmp_path / "notes.png"
     broken.write_text("no image")
     given = drive("failures", static, file=str(broken))["given"]
-    assert given["alert"] == "notes.png is not an image that this browser can read; give a JPEG, PNG or WebP."
+    sentence = "notes.png is not an image that this browser can read, or too large for it; give a JPEG, PNG or WebP."
+    assert given["alert"] == sentence
 
-    busy = drive("failures", served, file=PHOTO, answers={"v1/predict": [429, {"error": "the line is full."}]})
+    full = {"v1/predict": [429, {"error": "the line is full."}]}
+    busy = drive("failures", served, file=PHOTO, answers=full, then=True)
     assert busy["given"]["alert"] == "the line is full."
+    assert busy["after"]["alert"] is None and len(busy["after"]["answers"]) == 5
 
     locked = drive("failures", served, file=PHOTO, answers={"v1/model": [401, {"error": "the key is missing."}]})
     assert locked["opened"]["key"] and locked["opened"]["alert"] is None
@@ -168,14 +203,21 @@ def test_a_damaged_site_says_so(bundle, tmp_path):
     build_site(bundle, out, runtime=DRIVEN / "node_modules" / PACKAGE)
     graph = out / "bundle" / "stage_1.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"?")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietFiles, directory=str(out))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/"
+    with serving(out) as url:
         opened = drive("failures", url, file=PHOTO)["opened"]
-        server.shutdown()
-        thread.join()
     assert opened["alert"] == "stage_1.onnx is damaged or was changed; copy the site again."
+
+
+def test_a_model_without_operating_points_runs_in_the_browser_at_its_full_budget(bundle, tmp_path):
+    out = tmp_path / "site"
+    build_site(bundle, out, runtime=DRIVEN / "node_modules" / PACKAGE)
+    description = out / "bundle" / "bundle.json"
+    description.write_text(json.dumps(json.loads(description.read_bytes()) | {"points": None}))
+    with serving(out) as url:
+        bare = drive("failures", url, file=PHOTO)
+    assert bare["opened"]["disabled"] and "no operating points" in bare["expected"]
+    assert bare["given"]["alert"] is None
+    assert bare["given"]["macsNote"] == "100 % of the full model"
 
 
 def test_the_page_s_engine_keeps_the_patches_of_python_s_session(bundle, tmp_path):

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import subprocess
 import tarfile
 from dataclasses import replace
@@ -69,6 +70,7 @@ def test_a_site_holds_the_page_the_runtime_and_the_model(bundle, runtime, tmp_pa
     wasm = sum(len(name) for name in RUNTIME_FILES if name.endswith(".wasm"))
     graphs = len("stage_0.onnx") + len("stage_1.onnx")
     assert json.loads((out / "page" / "site.json").read_bytes()) == {"total": wasm + graphs}
+    assert sizes.total == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert sizes.total > sizes.model > graphs
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "package", "site"]
 
@@ -76,11 +78,17 @@ def test_a_site_holds_the_page_the_runtime_and_the_model(bundle, runtime, tmp_pa
 def test_every_file_the_page_names_is_in_the_site(bundle, runtime, tmp_path):
     build_site(bundle, tmp_path / "site", runtime=runtime)
     page = tmp_path / "site" / "page"
-    for script in page.glob("*.js"):
-        for line in script.read_text().splitlines():
-            if line.startswith("import ") and " from " in line:
-                name = line.split('"')[1]
-                assert (page / name).is_file(), (script.name, name)
+    imports = {
+        script.name: re.findall(r'^import\s[^;"]*"([^"]+)"', script.read_text(), re.MULTILINE)
+        for script in page.glob("*.js")
+    }
+    assert len(imports["main.js"]) >= 5 and len(imports["worker.js"]) >= 3
+    for script, names in imports.items():
+        assert all((page / name).is_file() for name in names), (script, names)
+    index = (tmp_path / "site" / "index.html").read_text()
+    linked = re.findall(r'\s(?:href|src)="([^"]+)"', index)
+    assert "page/main.js" in linked and "page/style.css" in linked
+    assert all((tmp_path / "site" / name).is_file() for name in linked), linked
     worker = (page / "worker.js").read_text()
     for name in RUNTIME_FILES.values():
         assert f"ort/{name}" in worker
@@ -93,9 +101,14 @@ def test_an_older_site_is_replaced_and_anything_else_is_left_alone(bundle, runti
     build_site(bundle, out, runtime=runtime)
     assert not (out / "page" / "stale.js").exists()
     (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something that is not a page of iret"):
+    with pytest.raises(ValueError, match=r"holds something that is not a page of iret \(thesis.txt\)"):
         build_site(bundle, out, runtime=runtime)
     assert (out / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(ValueError, match=r"\(a file\)"):
+        build_site(bundle, out / "thesis.txt", runtime=runtime)
+    (tmp_path / "mine" / "page").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"\(no page/site.json\)"):
+        build_site(bundle, tmp_path / "mine", runtime=runtime)
 
 
 def test_a_failure_leaves_the_older_site_and_nothing_else(bundle, runtime, tmp_path):
@@ -107,6 +120,24 @@ def test_a_failure_leaves_the_older_site_and_nothing_else(bundle, runtime, tmp_p
         build_site(bundle, out, runtime=runtime)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert (out / "ort" / "ort.wasm.min.js").is_file()
+
+
+def test_the_older_site_comes_back_where_the_new_one_cannot_take_its_place(bundle, runtime, monkeypatch, tmp_path):
+    out = tmp_path / "site"
+    build_site(bundle, out, runtime=runtime)
+    (out / "page" / "mark.txt").write_text("the older one")
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name == "site" and path != out:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        build_site(bundle, out, runtime=runtime)
+    assert (out / "page" / "mark.txt").read_text() == "the older one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "package", "site"]
 
 
 def test_photos_of_one_s_own_are_the_examples(bundle, runtime, tmp_path):
@@ -177,7 +208,7 @@ def test_the_runtime_comes_from_npm_at_its_pinned_version(bundle, npm, monkeypat
     monkeypatch.setattr(building, "INTEGRITY", npm["integrity"])
     build_site(bundle, tmp_path / "site")
     assert npm["words"][1:3] == ["pack", f"{PACKAGE}@{VERSION}"]
-    assert "--ignore-scripts" in npm["words"]
+    assert {"--ignore-scripts", "--pack-destination=.", "--dry-run=false"} <= set(npm["words"])
     assert (
         tmp_path / "site" / "ort" / "ort-wasm-simd-threaded.wasm"
     ).read_bytes() == b"dist/ort-wasm-simd-threaded.wasm"
@@ -190,7 +221,7 @@ def test_an_archive_with_another_checksum_is_refused(bundle, npm, tmp_path):
 
 
 def test_a_registry_that_cannot_be_reached_is_one_sentence(bundle, npm, monkeypatch, tmp_path):
-    npm["fails"] = "npm error code ENOTFOUND\nnpm error a long story"
+    npm["fails"] = "npm warn something old\nnpm error code ENOTFOUND\nnpm error a long story"
     with pytest.raises(ValueError, match="npm error code ENOTFOUND.*give --runtime FOLDER") as refusal:
         build_site(bundle, tmp_path / "site")
     assert "\n" not in str(refusal.value)

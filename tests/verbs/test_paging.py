@@ -28,7 +28,7 @@ def test_options_arrive_and_sizes_are_said(built, capsys):
     assert [str(each) for each in built["photos"]] == ["a.jpg", "b.jpg"]
     said = capsys.readouterr().err
     assert "site: 23.2 MB (page 0.1 MB, runtime 14.3 MB, model 8.8 MB)" in said
-    assert "python -m http.server --directory site" in said
+    assert "python -m http.server --bind 127.0.0.1 --directory site" in said
 
 
 def test_without_options_the_runtime_is_fetched_and_json_goes_to_stdout(built, capsys):

@@ -87,8 +87,9 @@ def build_site(bundle: Path, out: Path, *, runtime: Path | None = None, photos: 
     _refuse(description, bundle)
     description.verify(bundle)
     out = out.resolve()
-    if out.exists() and not _is_site(out):
-        raise ValueError(f"{out} holds something that is not a page of iret; give a new folder.")
+    foreign = _foreign(out)
+    if foreign is not None:
+        raise ValueError(f"{out} holds something that is not a page of iret ({foreign}); give a new folder.")
     examples = _examples(photos)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
@@ -99,13 +100,27 @@ def build_site(bundle: Path, out: Path, *, runtime: Path | None = None, photos: 
         for name in (FILE_NAME, *description.checksums):
             shutil.copyfile(bundle / name, folder / "bundle" / name)
         _write_page(folder, examples)
-        sizes = Site(
-            *(sum(path.stat().st_size for path in (folder / part).rglob("*.*")) for part in ("page", "ort", "bundle"))
-        )
-        if out.exists():
-            out.rename(Path(scratch) / "older")
-        folder.rename(out)
+        page, ort, model = (_size(folder / part) for part in ("page", "ort", "bundle"))
+        sizes = Site(page + (folder / "index.html").stat().st_size, ort, model)
+        _replace(out, folder, Path(scratch) / "older")
     return sizes
+
+
+def _replace(out: Path, new: Path, older: Path) -> None:
+    """`new` becomes `out`; what was there becomes `older` and, where that fails, `out` again."""
+    if not out.exists():
+        new.rename(out)
+        return
+    out.rename(older)
+    try:
+        new.rename(out)
+    except BaseException:
+        older.rename(out)
+        raise
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _refuse(bundle: Bundle, folder: Path) -> None:
@@ -121,12 +136,17 @@ def _refuse(bundle: Bundle, folder: Path) -> None:
         raise ValueError(f"the page does not run {folder}: it is of {found[0]}.")
 
 
-def _is_site(folder: Path) -> bool:
-    """Whether it is empty or a site of ours, which may be replaced."""
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    return not names or (names == {"index.html", "page", "bundle", "ort"} and (folder / SITE_NAME).is_file())
+def _foreign(out: Path) -> str | None:
+    """What lies there that is not ours to replace; None: nothing, an empty folder, or a site of ours."""
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        return "a file"
+    names = {path.name for path in out.iterdir()}
+    others = sorted(names - {"index.html", "page", "bundle", "ort"})
+    if others:
+        return ", ".join(others[:3]) + (" and more" if len(others) > 3 else "")
+    return None if not names or (out / SITE_NAME).is_file() else f"no {SITE_NAME}"
 
 
 def _examples(photos: Sequence[Path] | None) -> list[tuple[Path, dict[str, str]]]:
@@ -187,15 +207,17 @@ def _fetch(scratch: Path) -> Path:
             "unpacked package."
         )
     words = [npm, "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--fetch-retries=1", "--prefer-offline"]
+    words += ["--pack-destination=.", "--dry-run=false"]  # whatever an .npmrc says
     try:
         done = subprocess.run(words, cwd=scratch, capture_output=True, text=True, timeout=NPM_TIMEOUT_S, check=False)
         problem = done.stderr.strip() if done.returncode else None
     except subprocess.TimeoutExpired:
         problem = f"no answer in {NPM_TIMEOUT_S} s"
     if problem is not None:
-        last = problem.splitlines()[0] if problem else "no reason given"
+        lines = problem.splitlines() or ["no reason given"]
+        reason = next((line for line in lines if line.startswith("npm error")), lines[-1])  # warnings come first
         raise ValueError(
-            f"npm could not fetch {PACKAGE} {VERSION} ({last}); try again with a network, or give --runtime FOLDER with the "
+            f"npm could not fetch {PACKAGE} {VERSION} ({reason}); try again with a network, or give --runtime FOLDER with the "
             "unpacked package."
         )
     return _unpack(scratch / f"{PACKAGE}-{VERSION}.tgz", scratch)

@@ -19,5 +19,5 @@ def do_page(args: argparse.Namespace) -> int:
     else:
         parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in asdict(site).items())
         say(f"{args.out}: {site.total / 1e6:.1f} MB ({parts})")
-        say(f"serve it from anywhere, for one: python -m http.server --directory {args.out}")
+        say(f"serve it from anywhere, for one: python -m http.server --bind 127.0.0.1 --directory {args.out}")
     return 0

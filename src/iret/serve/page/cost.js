@@ -4,7 +4,6 @@
 // M. Horowitz, ISSCC 2014, 45 nm: one multiply and add; a byte to or from DRAM.
 const MAC_J = { float32: 3.7e-12 + 0.9e-12, int8: 0.2e-12 + 0.03e-12 };
 const BYTE_J = (1.3e-9 / 8 + 2.6e-9 / 8) / 2;
-export const JOULES_SOURCES = { float32: "estimate:fp32", int8: "estimate:int8" };
 
 const levels = (shape) => shape.depths.length - 1;
 const side = (shape, level) => shape.patch_size / 2 ** level;

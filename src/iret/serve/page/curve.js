@@ -5,7 +5,10 @@ import { interpolate } from "./points.js";
 const EDGE = { left: 44, right: 14, top: 30, bottom: 40 };
 const HEIGHT = 240;
 
-/** Held-out accuracy at a budget, between two points of the table on the chord. `points` dearest first. */
+/**
+ * Held-out accuracy at a budget, between two points of the table on the chord. `points` dearest first.
+ * On a cliff (`points.js`) less: there the cheaper point is served, and the chord is drawn all the same.
+ */
 export function accuracyAt(points, budget) {
   const rising = [...points].reverse();
   return interpolate(budget, rising.map((point) => point.share), rising.map((point) => point.accuracy));
@@ -47,8 +50,8 @@ function padded(low, high) {
   return [(top - 4 * step) / 100, top / 100];
 }
 
-function percent(share) {
-  return `${Math.round(100 * share)} %`;
+export function percent(share) {
+  return `${share > 0 && share < 0.01 ? "<1" : Math.round(100 * share)} %`;
 }
 
 function make(tag, attributes, text = "") {

@@ -2,16 +2,25 @@
 
 const TYPES = new Map([[Float32Array, "float32"], [BigInt64Array, "int64"]]);
 
-/** `ort` is the module, `bytes` an ONNX file. */
+/** `ort` is the module, `bytes` the Uint8Array of an ONNX file. What the engine throws becomes a sentence. */
 export async function openGraph(ort, bytes) {
   const options = { executionProviders: ["wasm"], logSeverityLevel: 3 };
-  const session = await ort.InferenceSession.create(new Uint8Array(bytes), options);
+  const session = await said("could not open the model", () => ort.InferenceSession.create(bytes, options));
   return async (inputs) => {
     const feeds = {};
     inputs.forEach(({ data, dims }, place) => {
       feeds[session.inputNames[place]] = new ort.Tensor(TYPES.get(data.constructor), data, dims);
     });
-    const outputs = await session.run(feeds);
+    const outputs = await said("failed on this photo", () => session.run(feeds));
     return session.outputNames.map((name) => outputs[name].data);
   };
+}
+
+/** WebAssembly throws bare numbers, as where it has no memory left. */
+async function said(what, work) {
+  try {
+    return await work();
+  } catch (error) {
+    throw new Error(`The engine ${what} (${error?.message ?? error}); load the page again.`);
+  }
 }

@@ -8,7 +8,7 @@ import { Report } from "./report.js";
 import { Webcam } from "./webcam.js";
 
 const $ = (id) => document.getElementById(id);
-const DIAL_DELAY_MS = 30;
+const BUSY_MS = 1000; // a full server costs the webcam so much, and not its life
 const isLocal = document.documentElement.dataset.mode === "browser";
 
 const model = isLocal ? new BrowserModel() : new ServerModel();
@@ -18,10 +18,13 @@ const webcam = new Webcam(() => ask());
 let info = null;
 let photo = null;
 let answer = null;
+let takes = 0; // photos and webcams asked for so far: only the newest counts
 
 $("where").textContent = isLocal
   ? "Computed in this browser: no photo leaves your device."
   : "Computed by the server that sent this page.";
+$("unstarted").hidden = true;
+$("hint").hidden = false;
 listen();
 start();
 
@@ -37,33 +40,34 @@ async function start() {
     $("main").setAttribute("aria-busy", "false");
   }
   report.introduce(info);
-  turn();
+  dial();
+  if (photo) present(); // it waited
+  else ask();
   await listExamples();
-  if (photo) ask();
 }
 
 function listen() {
   $("file").addEventListener("change", ({ target }) => {
-    if (target.files[0]) take(target.files[0], target.files[0].name);
+    takeFirst(target.files);
     target.value = ""; // so that the same file can be chosen again
   });
   for (const name of ["dragover", "dragleave", "drop"]) {
     document.addEventListener(name, (event) => {
       event.preventDefault();
-      $("drop").classList.toggle("is-over", name === "dragover");
+      const isOver = name === "dragover" || (name === "dragleave" && event.relatedTarget !== null); // from child to child
+      $("drop").classList.toggle("is-over", isOver);
     });
   }
   document.addEventListener("drop", ({ dataTransfer }) => {
-    if (dataTransfer.files[0]) take(dataTransfer.files[0], dataTransfer.files[0].name);
+    if (!takeFirst(dataTransfer.files)) report.fail("That was not a file; save the picture first, then drop its file here.");
   });
-  document.addEventListener("paste", ({ clipboardData }) => {
-    if (clipboardData.files[0]) take(clipboardData.files[0], clipboardData.files[0].name);
-  });
+  document.addEventListener("paste", ({ clipboardData }) => takeFirst(clipboardData.files));
   $("webcam").addEventListener("click", toggleWebcam);
   for (const id of ["budget", "exit", "exit-on"]) $(id).addEventListener("input", turn);
   $("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
     $("key-form").hidden = true;
+    $("file").focus(); // which the form had
     model.key = $("key").value;
     if (info) ask();
     else start();
@@ -78,42 +82,64 @@ function fail(error) {
 
 async function listExamples() {
   const listed = await fetch("page/photos.json").then((response) => response.json()).catch(() => []);
-  for (const { file, name } of listed) {
-    const button = document.createElement("button");
-    const picture = document.createElement("img");
-    picture.alt = `Example: ${name}`;
-    picture.addEventListener("error", () => button.remove()); // a server without examples
-    picture.src = `page/photos/${file}`;
-    button.type = "button";
-    button.append(picture);
-    button.addEventListener("click", async () => {
-      const response = await fetch(picture.src).catch(() => null);
-      if (response?.ok) take(await response.blob(), name);
-      else report.fail(`The example ${name} could not be fetched; choose a photo of your own.`);
-    });
-    $("examples").append(button);
-  }
+  await Promise.all(listed.map(addExample));
 }
 
+/** Fetched once, so that it is there without a network, too; a server without it shows none. */
+async function addExample({ file, name }) {
+  const button = document.createElement("button");
+  const picture = document.createElement("img");
+  button.type = "button";
+  button.hidden = true;
+  picture.alt = `Example: ${name}`;
+  button.append(picture);
+  $("examples").append(button);
+  const response = await fetch(`page/photos/${encodeURIComponent(file)}`).catch(() => null);
+  const blob = response?.ok ? await response.blob().catch(() => null) : null;
+  if (!blob) {
+    button.remove();
+    return;
+  }
+  picture.src = URL.createObjectURL(blob);
+  button.addEventListener("click", () => take(blob, name));
+  button.hidden = false;
+}
+
+function takeFirst([file]) {
+  if (file) take(file, file.name);
+  return Boolean(file);
+}
+
+/** What was asked for last is shown, whichever is decoded first. */
 async function take(blob, name) {
+  const turn = ++takes;
   webcam.stop();
   try {
-    show(await openPhoto(blob, name));
+    const next = await openPhoto(blob, name);
+    if (turn === takes) show(next);
+    else next.close();
   } catch (error) {
-    report.fail(error.message);
+    if (turn === takes) report.fail(error.message);
   }
 }
 
 function show(next) {
+  photo?.close();
   photo = next;
   answer = null;
-  if (!info) return; // it waits for the model
+  if (info) present(); // else it waits for the model
+}
+
+/** The photo, before there is an answer to it. */
+function present() {
   report.clearFailure();
   report.photo(info, photo);
+  showCurve();
   ask();
 }
 
 async function toggleWebcam() {
+  takes++;
   if (webcam.isOn) {
     webcam.stop();
     return;
@@ -133,12 +159,17 @@ function settings() {
 }
 
 function turn() {
+  dial();
+  ask();
+}
+
+/** What stands at the dial. */
+function dial() {
   $("exit").disabled = !$("exit-on").checked;
   $("exit-out").textContent = `${$("exit").value} %`;
   if (!info) return;
   report.dial(info, settings());
   showCurve();
-  ask(DIAL_DELAY_MS);
 }
 
 function showCurve() {
@@ -147,18 +178,21 @@ function showCurve() {
 
 // ---- answers
 
-function ask(delay = 0) {
-  if (info && (photo || webcam.isOn)) newest.ask(delay);
+function ask() {
+  if (info && (photo || webcam.isOn)) newest.ask();
 }
 
 async function predict() {
+  const isLive = webcam.isOn;
+  let asked = photo;
   try {
-    if (webcam.isOn) {
+    if (isLive) {
       const frame = new Photo(await webcam.frame(), "the webcam");
-      if (photo?.blob === null) photo.close(); // the frame before
-      photo = frame;
+      if (!webcam.isOn) return frame.close(); // stopped meanwhile
+      photo?.close();
+      asked = photo = frame;
     }
-    const [asked, wanted] = [photo, settings()];
+    const wanted = settings();
     const found = await model.predict(asked, wanted);
     if (asked !== photo) return; // another photo was chosen meanwhile, and waits
     answer = found;
@@ -167,9 +201,15 @@ async function predict() {
     report.answer(info, photo, answer, isLocal);
     showCurve();
   } catch (error) {
+    if (asked !== photo || isLive !== webcam.isOn) return; // nobody waits for it any more
+    const isBusy = error.status === 429 || error.status === 503;
+    if (isLive && isBusy) {
+      report.fail(error.message, { isNews: false });
+      setTimeout(ask, BUSY_MS);
+      return;
+    }
     webcam.stop();
     fail(error);
   }
-  if (webcam.isOn) requestAnimationFrame(() => ask());
+  if (webcam.isOn) requestAnimationFrame(ask);
 }
-

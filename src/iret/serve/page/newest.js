@@ -4,28 +4,26 @@
 export class Newest {
   #isWaiting = false;
   #isBusy = false;
-  #timer = 0;
 
-  /** `run`: an async function that reads what is wanted and shows what it found; it does not throw. */
+  /** `run`: an async function that reads what is wanted and shows what it found. */
   constructor(run) {
     this.run = run;
   }
 
-  /** Run in `delay` milliseconds; asked again by then, the clock starts anew. */
-  ask(delay = 0) {
-    clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => {
-      this.#isWaiting = true;
-      if (!this.#isBusy) this.#work();
-    }, delay);
+  ask() {
+    this.#isWaiting = true;
+    if (!this.#isBusy) this.#work();
   }
 
   async #work() {
     this.#isBusy = true;
-    while (this.#isWaiting) {
-      this.#isWaiting = false;
-      await this.run();
+    try {
+      while (this.#isWaiting) {
+        this.#isWaiting = false;
+        await this.run();
+      }
+    } finally {
+      this.#isBusy = false; // a failure is not the end of the page
     }
-    this.#isBusy = false;
   }
 }

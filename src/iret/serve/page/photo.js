@@ -4,6 +4,7 @@ import { cropBox, fit, MAX_PIXELS } from "./preprocess.js";
 
 const UPLOAD_BYTES = 512 * 1024; // a larger file is sent to a server as the crop that it would take
 const UPLOAD_SIDE = 1024;
+const UPLOAD_TYPES = ["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp"]; // a server decodes no more
 
 /** Throws a sentence where `blob` is no image. */
 export async function openPhoto(blob, name) {
@@ -12,10 +13,12 @@ export async function openPhoto(blob, name) {
     const asStored = { imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none" };
     bitmap = await createImageBitmap(blob, asStored);
   } catch {
-    throw new Error(`${name} is not an image that this browser can read; give a JPEG, PNG or WebP.`);
+    throw new Error(`${name} is not an image that this browser can read, or too large for it; give a JPEG, PNG or WebP.`);
   }
-  if (bitmap.width * bitmap.height > MAX_PIXELS) {
-    throw new Error(`${name} has ${bitmap.width} x ${bitmap.height} pixels, more than ${MAX_PIXELS / 1e6} million; resize it first.`);
+  const { width, height } = bitmap;
+  if (width * height > MAX_PIXELS) {
+    bitmap.close();
+    throw new Error(`${name} has ${width} x ${height} pixels, more than ${MAX_PIXELS / 1e6} million; resize it first.`);
   }
   return new Photo(bitmap, name, blob);
 }
@@ -37,9 +40,9 @@ export class Photo {
     return this.#pixels;
   }
 
-  /** What is sent to a server: the file itself or, where it is large or there is none, the centre that is looked at. */
-  async upload(preprocess) {
-    this.#upload ??= this.blob && this.blob.size <= UPLOAD_BYTES ? this.blob : await this.#cropped(preprocess);
+  /** What is sent to a server: the file itself or, where it would not be taken or there is none, the centre that is looked at. */
+  async upload({ preprocess, limits }) {
+    this.#upload ??= this.#isTaken(limits) ? this.blob : await this.#cropped(preprocess);
     return this.#upload;
   }
 
@@ -57,6 +60,12 @@ export class Photo {
     this.bitmap.close();
   }
 
+  #isTaken({ body_bytes: bytes, pixels }) {
+    const { blob, bitmap } = this;
+    if (!blob || !UPLOAD_TYPES.includes(blob.type)) return false;
+    return blob.size <= Math.min(UPLOAD_BYTES, bytes) && bitmap.width * bitmap.height <= pixels;
+  }
+
   async #cropped(preprocess) {
     const whole = { ...preprocess, crop_ratio: 1 }; // the server takes its share of it
     const [left, top, right, bottom] = cropBox(this.bitmap.width, this.bitmap.height, whole);
@@ -64,19 +73,21 @@ export class Photo {
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [right - left, bottom - top].map((side) => Math.max(1, Math.round(side * scale)));
     this.draw(canvas, whole);
-    return new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));
+    const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));
+    if (!blob) throw new Error(`${this.name} could not be made ready to send; resize it first.`);
+    return blob;
   }
 }
 
-/** Rows of an image as RGBA over white, through a canvas no larger than what is asked for. */
+/** A part of an image as RGBA over white, through a canvas no larger than what is asked for. */
 function reader(bitmap) {
   const canvas = document.createElement("canvas");
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  return (top, bottom) => {
-    [canvas.width, canvas.height] = [bitmap.width, bottom - top];
+  return (top, bottom, left, right) => {
+    [canvas.width, canvas.height] = [right - left, bottom - top];
     context.fillStyle = "white";
     context.fillRect(0, 0, canvas.width, canvas.height);
-    context.drawImage(bitmap, 0, -top);
+    context.drawImage(bitmap, -left, -top);
     return context.getImageData(0, 0, canvas.width, canvas.height).data;
   };
 }

@@ -17,7 +17,8 @@ export function setting(table, budget, transitions) {
   if (!table) throw new Error("This model has no operating points, so it runs at its full budget alone.");
   const positions = shares(table);
   if (budget < positions[0]) {
-    throw new Error(`A budget of ${budget} is below the model's cheapest point, ${positions[0].toFixed(3)} of its MACs.`);
+    const least = Math.ceil(1e3 * positions[0]) / 1e3; // which can be asked for
+    throw new Error(`A budget of ${budget} is below the model's cheapest point, ${least.toFixed(3)} of its MACs.`);
   }
   const ladder = table.points.map((point) => [...point.thresholds.flat(), point.exit_confidence ?? 1]).reverse();
   const found = positions.findIndex((share) => share > budget);

@@ -26,8 +26,8 @@ function greyed({ width, height, read }) {
   return {
     width,
     height,
-    read: (top, bottom) => {
-      const data = read(top, bottom).slice();
+    read: (...box) => {
+      const data = read(...box).slice();
       for (let at = 0; at < data.length; at += 4) {
         const grey = (data[at] * 19595 + data[at + 1] * 38470 + data[at + 2] * 7471 + 0x8000) >> 16;
         data.fill(grey, at, at + 3);

@@ -1,14 +1,16 @@
 // What the page says: numbers, answers, pictures, failures. It reads `info` and answers in the form of the server's API.
 
-import { accuracyAt } from "./curve.js";
-import { drawOutcome, drawStage } from "./view.js";
+import { accuracyAt, percent } from "./curve.js";
+import { drawOutcome, drawStage, outcomeOf } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const STATUS_DELAY_MS = 600; // a dial that turns says nothing until it rests
-const ESTIMATE = "arithmetic and memory of a 45 nm chip";
+const LIVE_DELAY_MS = 3000; // between two changes of what a webcam sees
 
 export class Report {
-  #timer = 0;
+  #timer = 0; // of what is said next
+  #next = { label: "", sentence: "" };
+  #said = ""; // label
 
   introduce(info) {
     document.title = `iret: ${info.name}`;
@@ -43,6 +45,8 @@ export class Report {
   /** A photo that has no answer yet. */
   photo(info, photo) {
     $("hint").hidden = true;
+    $("main").classList.add("is-stale"); // what stands there is of the photo before
+    this.#hush();
     $("outcome").setAttribute("aria-label", `${photo.name}, not looked at yet`);
     drawOutcome($("outcome"), photo, info, null);
   }
@@ -56,17 +60,20 @@ export class Report {
     this.#cost(answer, isLocal);
     this.#stages(info, photo, answer);
     const [first] = answer.top;
-    const share = percent(answer.macs_share);
-    clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => {
-      $("status").textContent = `${named(first)}, ${percent(first.probability)}, with ${share} of the full model's work.`;
-    }, STATUS_DELAY_MS);
+    const sentence = `${named(first)}, ${percent(first.probability)}, with ${percent(answer.macs_share)} of the full model's work.`;
+    this.#say({ label: named(first), sentence }, photo.blob === null);
   }
 
-  fail(sentence) {
-    $("alert").textContent = sentence;
-    $("alert").hidden = false;
+  /** `isNews` false: a sentence that stands there already is not said again. */
+  fail(sentence, { isNews = true } = {}) {
+    const { hidden: isHidden, textContent: shown } = $("alert");
+    const isThere = !isHidden && shown.trimEnd() === sentence;
+    this.#hush();
     $("main").classList.add("is-stale");
+    if (isThere && !isNews) return;
+    // a screen reader says what changes
+    $("alert").textContent = isThere && shown === sentence ? `${sentence}\u00a0` : sentence;
+    $("alert").hidden = false;
   }
 
   /** A field for the key that a server wants. */
@@ -79,6 +86,23 @@ export class Report {
   clearFailure() {
     $("alert").hidden = true;
     $("main").classList.remove("is-stale");
+  }
+
+  /** Aloud: of a photo the newest answer when the dial rests, of a webcam another label, seconds apart. */
+  #say(next, isLive) {
+    this.#next = next;
+    if (isLive && (this.#timer || next.label === this.#said)) return;
+    this.#hush();
+    this.#timer = setTimeout(() => {
+      this.#timer = 0;
+      this.#said = this.#next.label;
+      $("status").textContent = this.#next.sentence;
+    }, isLive ? LIVE_DELAY_MS : STATUS_DELAY_MS);
+  }
+
+  #hush() {
+    clearTimeout(this.#timer);
+    this.#timer = 0;
   }
 
   #answers(top) {
@@ -97,8 +121,7 @@ export class Report {
     $("macs-note").textContent = `${percent(share)} of the full model`;
     $("time").textContent = milliseconds(time.total);
     $("time-note").textContent = isLocal ? "on this device" : `on the server, ${milliseconds(time.queue)} of it waiting`;
-    $("joules").textContent = joules ? milli(joules.value, "J") : "unknown";
-    $("joules-note").textContent = joules ? source(joules) : "nothing measures it here";
+    $("joules").textContent = milli(joules.value, "J");
   }
 
   #stages(info, photo, { trace, exit_stage: exit }) {
@@ -134,14 +157,9 @@ function describeStage({ kept, refined }, stage) {
 }
 
 function describeOutcome(trace) {
-  const last = [...trace.kept].reverse().find((grid) => grid.some(Boolean));
-  const detail = last.filter((is, cell) => is && trace.refined.some((grid) => grid[cell])).length;
-  const stay = count(last);
-  return `${detail} patches looked at in detail, ${stay - detail} kept coarse, ${last.length - stay} dropped`;
-}
-
-function source({ measured, source: from }) {
-  return measured ? `measured: ${from}` : `estimated: ${from.startsWith("estimate:") ? ESTIMATE : from}`;
+  const { kept, detailed } = outcomeOf(trace);
+  const [stay, detail] = [count(kept), count(detailed)];
+  return `${detail} patches looked at in detail, ${stay - detail} kept coarse, ${kept.length - stay} dropped`;
 }
 
 function element(tag, name, text = "") {
@@ -153,7 +171,6 @@ function element(tag, name, text = "") {
 
 const count = (grid) => grid.reduce((sum, each) => sum + Number(each), 0);
 const named = ({ index, label }) => label ?? `class ${index}`;
-const percent = (share) => `${share > 0 && share < 0.01 ? "<1" : Math.round(100 * share)} %`;
 const millions = (number) => (number >= 1e9 ? `${(number / 1e9).toFixed(2)} G` : `${(number / 1e6).toFixed(1)} M`);
 const milliseconds = (ms) => `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
 const milli = (value, unit) => (value < 1 ? `${(1000 * value).toPrecision(3)} m${unit}` : `${value.toPrecision(3)} ${unit}`);

@@ -24,7 +24,7 @@ function sinc(x) {
 /**
  * The part `box` [left, top, right, bottom] of an image as RGB [rows, columns, 3].
  *
- * image: { width, height, read(top, bottom) }; `read` returns RGBA bytes of whole rows.
+ * image: { width, height, read(top, bottom, left, right) }; `read` returns RGBA bytes, row after row.
  */
 export function resize(image, [columns, rows], filter, box) {
   const [left, top, right, bottom] = box.map(Math.fround); // C floats in Pillow
@@ -32,17 +32,18 @@ export function resize(image, [columns, rows], filter, box) {
   if (!(filter in FILTERS)) throw new Error(`Interpolation "${filter}" is unknown to this page; export the model again.`);
   const isWide = columns === image.width && left === 0 && right === columns; // nothing to do in this direction
   const isHigh = rows === image.height && top === 0 && bottom === rows;
-  const across = isWide ? null : coefficients(image.width, left, right, columns, FILTERS[filter]);
   const down = isHigh ? null : coefficients(image.height, top, bottom, rows, FILTERS[filter]);
+  const reaching = isWide ? null : coefficients(image.width, left, right, columns, FILTERS[filter]);
+  const [west, east] = ends(reaching, image.width); // columns beyond are never read
+  const part = { width: east - west, height: image.height, read: (begin, end) => image.read(begin, end, west, east) };
+  const across = shifted(reaching, west);
   // As of Pillow 13; before it the first pass always went across. Found from its answers: 1,490 of 1,490 sizes.
   const isDownFirst = rows < image.height && image.height - rows > 2 * (image.width - columns);
-  if (across && down && isDownFirst) return passAcross(asImage(passDown(image, down), image.width, rows), across, columns, 0, rows);
-  const first = down ? Math.min(...down.map((each) => each.first)) : 0;
-  const last = down ? Math.max(...down.map((each) => each.first + each.weights.length)) : image.height;
-  const narrow = passAcross(image, across, columns, first, last);
+  if (across && down && isDownFirst) return passAcross(asImage(passDown(part, down), part.width, rows), across, columns, 0, rows);
+  const [first, last] = ends(down, image.height);
+  const narrow = passAcross(part, across, columns, first, last);
   if (!down) return narrow;
-  const moved = down.map((each) => ({ ...each, first: each.first - first }));
-  return rgbOf(passDown(asImage(rgbaOf(narrow), columns, last - first), moved));
+  return rgbOf(passDown(asImage(rgbaOf(narrow), columns, last - first), shifted(down, first)));
 }
 
 /** For every output place, where its inputs begin and their weights in fixed point. */
@@ -59,6 +60,17 @@ function coefficients(size, from, to, count, { support, weight }) {
     const weights = raw.map((each) => (sum === 0 ? each : each / sum) * (1 << PRECISION_BITS));
     return { first, weights: Int32Array.from(weights, (each) => Math.trunc(each < 0 ? each - 0.5 : each + 0.5)) };
   });
+}
+
+/** Of the inputs, the first that is read and the first that is no longer; all where nothing is weighed. */
+function ends(weighed, size) {
+  if (!weighed) return [0, size];
+  return [Math.min(...weighed.map((each) => each.first)), Math.max(...weighed.map((each) => each.first + each.weights.length))];
+}
+
+/** The same, of inputs that begin at `start`. */
+function shifted(weighed, start) {
+  return weighed && weighed.map((each) => ({ ...each, first: each.first - start }));
 }
 
 function clip8(sum) {
@@ -105,7 +117,7 @@ function weigh(data, at, weights) {
 function passDown(image, down) {
   const wide = 4 * image.width;
   const sums = new Int32Array(down.length * wide).fill(1 << (PRECISION_BITS - 1));
-  inStrips(image, 0, image.height, (data, row, count) => {
+  inStrips(image, ...ends(down, image.height), (data, row, count) => {
     down.forEach(({ first, weights }, place) => {
       const end = Math.min(row + count, first + weights.length);
       for (let y = Math.max(row, first); y < end; y++) {
@@ -138,7 +150,7 @@ function nearest(image, [columns, rows], [left, top, right, bottom]) {
   const out = new Uint8Array(rows * columns * 3);
   let to = 0;
   for (const row of places(top, bottom, rows, image.height)) {
-    const data = image.read(row, row + 1);
+    const data = image.read(row, row + 1, 0, image.width);
     for (const column of across) for (let c = 0; c < 3; c++) out[to++] = data[4 * column + c];
   }
   return out;

@@ -17,27 +17,26 @@ export class Session {
   }
 
   /**
-   * What `image`, float32 [C, Y, X], shows; `exitConfidence` in place of the one that goes with `budget`.
+   * What `image`, float32 [C, Y, X], shows; `budget` null: all of it; `exitConfidence` in place of the one that goes with it.
    *
    * { logits, stageLogits [a stage that ran each], exitStage, kept and refined [S][cells] of 0 and 1, importance [a choice
-   *   each: the class token's, then one a token], macs, joules, engineMs }
+   *   each: the class token's, then one a token], macs, joules }
    */
-  async run(image, { budget = 1, exitConfidence = null } = {}) {
+  async run(image, { budget = null, exitConfidence = null } = {}) {
     const { shape, cells } = this;
     const last = shape.depths.length - 1;
-    const found = setting(this.bundle.points, budget, last);
+    const found = setting(this.bundle.points, budget ?? 1, last);
     const leave = exitConfidence ?? found.exitConfidence ?? Infinity;
     const drops = found.thresholds.flat().some((each) => each > 0);
-    const trace = { kept: [], refined: [], importance: [], stageLogits: [], engineMs: 0 };
+    const trace = { kept: [], refined: [], importance: [], stageLogits: [] };
     let [x, tokens] = [null, Array.from({ length: cells + 1 }, (_, place) => ({ cell: place - 1, isRefined: place > 0 }))];
     for (let stage = 0; stage <= last; stage++) {
-      const began = performance.now();
       const [nextX, received, logits] = await this.#call(stage, image, x, tokens);
-      trace.engineMs += performance.now() - began;
       trace.kept.push(this.#mark(tokens, (token) => token.cell >= 0));
       trace.refined.push(this.#mark(tokens, (token) => stage > 0 && token.isRefined));
       trace.stageLogits.push(logits);
-      if (stage === last || !(confidence(logits) < Math.fround(leave))) break;
+      const isSure = leave !== Infinity && !(confidence(logits) < Math.fround(leave));
+      if (stage === last || isSure) break;
       [x, tokens] = [nextX, tokens.map(({ cell }) => ({ cell, isRefined: cell >= 0 }))];
       if (!drops) continue;
       const importance = toImportance(received);
@@ -99,7 +98,7 @@ export class Session {
     return grid;
   }
 
-  #report({ kept, refined, importance, stageLogits, engineMs }, drops) {
+  #report({ kept, refined, importance, stageLogits }, drops) {
     const count = (grid) => grid.reduce((sum, each) => sum + each, 0);
     const [keptCounts, refinedCounts] = [kept.map(count), refined.map(count)];
     const none = () => new Uint8Array(this.cells);
@@ -113,7 +112,6 @@ export class Session {
       importance,
       macs: cost.macs(this.shape, keptCounts, refinedCounts, drops),
       joules: cost.estimateJoules(this.shape, keptCounts, refinedCounts, drops, this.bundle.precision),
-      engineMs,
     };
   }
 }

@@ -10,9 +10,8 @@ export function drawOutcome(canvas, photo, { preprocess, grid }, trace) {
   [canvas.width, canvas.height] = sizeOf(preprocess.img_size);
   photo.draw(canvas, preprocess);
   if (!trace) return;
-  const kept = lastOf(trace);
-  const ever = kept.map((each, cell) => each && trace.refined.some((stage) => stage[cell]));
-  mark(canvas, grid, kept, ever, DIM.photo);
+  const { kept, detailed } = outcomeOf(trace);
+  mark(canvas, grid, kept, detailed, DIM.photo);
 }
 
 /** The photo as stage `stage` saw it. */
@@ -28,9 +27,10 @@ export function drawStage(canvas, photo, info, trace, stage) {
   mark(canvas, info.grid, trace.kept[stage], trace.refined[stage], DIM.stage);
 }
 
-/** Patches that the last stage which ran looked at. */
-function lastOf(trace) {
-  return [...trace.kept].reverse().find((grid) => grid.some(Boolean));
+/** Patches that the last stage which ran looked at, and those of them that were ever read in detail. */
+export function outcomeOf({ kept, refined }) {
+  const last = [...kept].reverse().find((grid) => grid.some(Boolean));
+  return { kept: last, detailed: last.map((each, cell) => each && refined.some((stage) => stage[cell])) };
 }
 
 /** A whole number of canvas pixels for each of the model's, about SIDE of them. */

@@ -3,7 +3,8 @@
 const $ = (id) => document.getElementById(id);
 
 export class Webcam {
-  #stream = null;
+  #stream = null; // of a camera that gives frames
+  #turn = 0; // starts and stops so far: only the newest counts
   #video = document.createElement("video");
 
   /** `started` is called once frames come. */
@@ -15,30 +16,41 @@ export class Webcam {
     return this.#stream !== null;
   }
 
-  /** Throws a sentence where there is none or it may not be used. */
+  /** Throws a sentence where there is none or it may not be used. Stopped or started again meanwhile, it ends without a word. */
   async start() {
     if (!navigator.mediaDevices) throw new Error("A browser opens the webcam on https or localhost alone; choose a photo instead.");
+    this.stop();
+    const turn = this.#turn;
+    let stream = null;
     try {
-      const wanted = { video: { width: { ideal: 640 }, height: { ideal: 480 } } };
-      this.#stream = await navigator.mediaDevices.getUserMedia(wanted);
+      stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 640 }, height: { ideal: 480 } } });
+      if (turn !== this.#turn) return end(stream);
+      this.#video.srcObject = stream;
+      this.#video.muted = true;
+      this.#video.playsInline = true;
+      await this.#video.play();
     } catch (error) {
+      end(stream);
+      if (turn !== this.#turn) return;
       throw new Error(
-        error.name === "NotAllowedError"
+        stream === null && error.name === "NotAllowedError"
           ? "The webcam was not allowed; allow it in the browser's settings of this page, or choose a photo."
           : "No webcam could be opened; choose a photo instead.",
       );
     }
-    this.#video.srcObject = this.#stream;
-    this.#video.muted = true;
-    this.#video.playsInline = true;
-    await this.#video.play();
+    if (turn !== this.#turn) return end(stream);
+    this.#stream = stream;
+    stream.getVideoTracks()[0].addEventListener("ended", () => {
+      if (this.#stream === stream) this.stop(); // unplugged, or no longer allowed
+    });
     this.#mark();
     this.started();
   }
 
   stop() {
-    this.#stream?.getTracks().forEach((track) => track.stop());
-    this.#stream = null;
+    this.#turn++;
+    end(this.#stream);
+    this.#stream = this.#video.srcObject = null;
     this.#mark();
   }
 
@@ -48,7 +60,11 @@ export class Webcam {
   }
 
   #mark() {
-    $("webcam").setAttribute("aria-pressed", String(this.isOn));
+    $("webcam").classList.toggle("is-on", this.isOn);
     $("webcam").textContent = this.isOn ? "Stop the webcam" : "Webcam";
   }
+}
+
+function end(stream) {
+  stream?.getTracks().forEach((track) => track.stop());
 }
