@@ -12,14 +12,12 @@ import csv
 import json
 import os
 import statistics
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +32,7 @@ from iret.measure.latency import measure_latency, pin_threads, ratio
 from iret.runtime.bundle import ENGINES
 from iret.runtime.cost import full_macs
 from iret.runtime.engines import load_graph
+from iret.runtime.timing import replay
 from iret.vit import VisionTransformer
 
 RATIOS = (1.0, 1.7, 2.7, 4.0)
@@ -82,11 +81,8 @@ def make_work(engine: str, model: iret.Iret, scratch: Path) -> tuple[dict, dict]
         if asked == 1:
             work[name], met[name] = partial(session, inputs), 1.0
             continue
-        plan = make_point(model, 1 / asked).plans[0]
-        live, counts = np.array(plan.kept[:-1], dtype=float), np.array([plan.kept[1:], plan.refined[1:]]).T
-        work[name] = partial(
-            session, inputs, thresholds=np.maximum(1 - counts / live[:, None], 1e-9)[None], rule="topk"
-        )
+        point = make_point(model, 1 / asked)
+        work[name] = partial(session, inputs, **replay(model.shape, point, point.plans[0]))
         met[name] = full_macs(model.shape) / int(work[name]().macs[0])
     return work, met
 
@@ -118,13 +114,13 @@ def main() -> None:
             rows.append(row)
             raw += [(engine, name, place, f"{s:.9f}") for place, s in enumerate(latency.samples_s)]
     args.out.mkdir(parents=True, exist_ok=True)
-    found = {"command": " ".join(sys.argv), "rows": rows, "env": doctor.report()}
+    command = f"python benchmarks/bundle.py --engines {' '.join(args.engines)} --rounds {args.rounds}"
+    found = {"command": command, "rows": rows, "env": doctor.report()}
     (args.out / "bundle.json").write_text(json.dumps(found, indent=1) + "\n")
     with (args.out / "samples.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([("engine", "what", "round", "seconds"), *raw])
     lines = [
-        f"`python benchmarks/bundle.py --engines {' '.join(args.engines)} --rounds {args.rounds}`: `iret_small`, batch 1, one "
-        f"thread, {doctor.processor_name()}; medians.",
+        f"`{command}`: `iret_small`, batch 1, one thread, {doctor.processor_name()}; medians.",
         "",
         "| engine | what | MAC ratio | ms | over static | share | host code |",
         "|---|---|---|---|---|---|---|",

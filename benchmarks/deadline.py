@@ -211,6 +211,8 @@ def main() -> None:
             export(load(args.model), folder)
         session = Session(folder, "onnxruntime", threads=1, load=watch.load)
     images = open_data(args.data, "test", session.bundle.preprocess)
+    if len(images.class_names) != session.shape.num_classes or session.labels not in (None, tuple(images.class_names)):
+        parser.error(f"the classes of --data {args.data} are not those of {name}, so nothing would be right.")
     chosen = random.Random(0).sample(range(len(images)), min(args.images, len(images)))
     own = session.bundle.preprocess
     mean, std = (np.array(each, np.float32)[:, None, None] for each in (own.mean, own.std))

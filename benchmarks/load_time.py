@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=20)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.processes < 1:
+        parser.error("--processes must be 1 or more.")
     torch.set_num_threads(1)
     model = load(args.model)
     weights = len(to_safetensors(model.state_dict()))

@@ -75,6 +75,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.max_images < 2 or args.batch < 1:
+        parser.error("--max-images must be 2 or more (of one image there is no interval), --batch 1 or more.")
     torch.set_num_threads(1)
     right = answer(args)
     args.out.mkdir(parents=True, exist_ok=True)

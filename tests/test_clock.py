@@ -9,13 +9,14 @@ import torch
 
 import iret
 from iret import clock
-from iret.clock import MIN_ROUNDS, estimate_image, measure_device, measure_joules, spread
+from iret.clock import estimate_image, measure_device, measure_joules
 from iret.doctor import describe_device
 from iret.measure.energy import EnergyError, EnergyMeter
 from iret.measure.estimate import HOROWITZ, EstimateMeter
 from iret.precision import to_int8
 from iret.runtime.cost import block_linears, full_macs, numbers_moved, plan_macs
 from iret.runtime.points import OperatingPoints, Plan, Point
+from iret.runtime.timing import MIN_ROUNDS
 
 
 def make_model() -> iret.Iret:
@@ -75,30 +76,13 @@ def test_points_without_plans_say_what_to_run():
         measure_device(model, table)
 
 
-# ---- what fits the time
-
-
-@pytest.mark.parametrize(
-    ("call_s", "num_plans", "num_rounds"),
-    [(0.01, 24, 15), (0.1, 24, 5), (0.2, 18, 3), (0.5, 6, 4), (5.0, 2, 3)],  # 30 s are (1 + rounds) * 2 calls a plan
-)
-def test_slow_models_are_timed_on_fewer_plans_and_never_on_fewer_rounds(monkeypatch, call_s, num_plans, num_rounds):
-    model, now = make_model(), [0.0]
-    points = [replace(point, plans=point.plans[:1] * 12) for point in model.points.points]
-    work = {(row, column): lambda: now.append(now[-1] + call_s) for row in (0, 1) for column in range(12)}
-    monkeypatch.setattr(clock.time, "monotonic", lambda: now[-1])
-    chosen, rounds, round_s = clock._fit(work, points, None)
-    assert (len(chosen), rounds) == (num_plans, num_rounds)
-    assert round_s == pytest.approx(2 * call_s * num_plans)
-    assert [sum(row == each for row, _ in chosen) for each in (0, 1)] == [num_plans / 2] * 2
-
-
-def test_plans_that_stay_are_the_middles_of_equal_shares():
-    assert spread(12, 12) == list(range(12))
-    assert spread(12, 4) == [1, 4, 7, 10]
-    assert spread(12, 3) == [2, 6, 10]
-    assert spread(12, 1) == [6]
-    assert spread(1, 1) == [0]
+def test_a_plan_that_refines_nothing_is_replayed_with_and_without_exits():
+    model = make_model()
+    plan = Plan((64, 8, 4), (0, 0, 4))
+    for leaves in (None, 0.9):
+        point = replace(model.points.points[1], exit_confidence=leaves)
+        with torch.no_grad():
+            assert model.replay(torch.zeros(1, 3, *model.shape.img_size), [plan], point).shape == (1, 2)
 
 
 def test_a_model_too_slow_for_every_plan_still_has_all_its_columns(monkeypatch):

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from iret.doctor import describe_device
 from iret.runtime.cost import Shape, full_macs
-from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, Setting, check_budget, keep_all
+from iret.runtime.points import (
+    FILE_NAME as POINTS_NAME,
+    MEASURE_MODEL,
+    OperatingPoints,
+    Setting,
+    budget_of,
+    setting_of,
+)
 from iret.runtime.preprocess import Preprocess, Source
 from iret.vit import lay_out
 from iret.weights import (
@@ -33,6 +40,7 @@ from iret.weights import (
 )
 
 FORMAT = 1
+LACKING = "this model has none yet; measure them on held-out images with `iret calibrate MODEL --data DATA`"
 C = TypeVar("C", bound="Classifier")
 
 
@@ -62,15 +70,12 @@ class Classifier(
 
     def setting(self, budget: float) -> Setting:
         """Thresholds and exit confidence for a budget, from this model's operating points."""
-        check_budget(budget)
-        return (
-            keep_all(len(self.shape.depths) - 1) if budget == 1 else self._table(f"budget={budget:g}").setting(budget)
-        )
+        return setting_of(self.points, budget, len(self.shape.depths) - 1, LACKING)
 
     def budget_for(self, *, ms: float | None = None, joules: float | None = None) -> float:
         """The budget that costs so many milliseconds or joules an image on the device the model is on."""
-        table = self._table(f"ms={ms:g}" if ms is not None else f"joules={joules}")
-        return table.budget_for(describe_device(self.pos_embed.device, self.precision), ms=ms, joules=joules)
+        device = describe_device(self.pos_embed.device, self.precision)
+        return budget_of(self.points, device, ms=ms, joules=joules, lacking=LACKING, remedy=MEASURE_MODEL)
 
     @property
     def precision(self) -> str:
@@ -79,14 +84,6 @@ class Classifier(
             return "int8"
         kind = self.pos_embed.device.type
         return str(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.pos_embed.dtype)[6:]
-
-    def _table(self, asker: str) -> OperatingPoints:
-        if self.points is None:
-            raise ValueError(
-                f"{asker} needs operating points, and this model has none yet; measure them on held-out "
-                "images with `iret calibrate MODEL --data DATA`, or give thresholds."
-            )
-        return self.points
 
     def preprocess(self, images: Source | Sequence[Source] | np.ndarray) -> Float[Tensor, "B C Y X"]:
         """Photos (a path, bytes, a PIL image, or a list of these) as the model takes them, on its device."""

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 
 from iret.doctor import describe_device
@@ -22,14 +21,12 @@ from iret.measure.latency import Latency, measure_latency
 from iret.model import Iret
 from iret.runtime import timing
 from iret.runtime.points import DeviceTable, OperatingPoints, Plan, Point
-from iret.runtime.timing import FORMATS, spread
+from iret.runtime.timing import FORMATS, WARM_UP, Calls, clock_columns, fit
 
 TIME_LIMIT_S = 30.0  # for the milliseconds
-MIN_ROUNDS, MAX_ROUNDS, WARM_UP = 3, 15, 1
 ENERGY_MARGIN = 1.2  # windows of this many times the meter's resolution
 
 Say = Callable[[str], None]
-Calls = dict[tuple[int, int], Callable[[], object]]  # by point and plan
 Work = tuple[Sequence[Callable[[], object]], int]  # calls, and how many images each of them looks at
 
 
@@ -60,19 +57,13 @@ def measure_device(
         for row, point in enumerate(points.points)
         for column, plan in enumerate(point.plans)
     }
-    work, rounds, round_s = _fit(every_plan, points.points, wait)
+    work, rounds, round_s = fit(every_plan, len(points.points), TIME_LIMIT_S, wait)
     say(f"{len(points.points)} points, {len(work)} plans, {WARM_UP} + {rounds} rounds of {round_s:.1f} s")
     meter = meter or estimate_meter(model)
     announce(meter, len(points.points), say)
     samples = measure_latency(work, rounds=rounds, warm_up=WARM_UP, lead=1, synchronize=wait)
-    columns = []
-    for row in range(len(points.points)):
-        of_point = [latency for (at, _), latency in samples.items() if at == row]
-        every = np.concatenate([latency.samples_s for latency in of_point]) * 1e3
-        mean = statistics.mean(latency.p50_ms for latency in of_point)  # of images; a median over rounds for each
-        columns.append((mean, float(np.percentile(every, 50)), float(np.percentile(every, 95))))
-    ms_mean, ms_p50, ms_p95 = zip(*columns, strict=True)
-    calls = [[call for (at, _), call in work.items() if at == row] for row in range(len(columns))]
+    ms_mean, ms_p50, ms_p95 = clock_columns(samples, len(points.points))
+    calls = [[call for (at, _), call in work.items() if at == row] for row in range(len(points.points))]
     measured = measure_joules([(each, 1) for each in calls], meter, wait, say)
     estimates = [statistics.mean(estimate_image(model, p, plan) for plan in p.plans) for p in points.points]
     joules, idle_w = measured or (estimates, 0.0)
@@ -90,27 +81,6 @@ def measure_device(
         rounds=rounds,
     )
     return table, samples
-
-
-def _fit(work: Calls, points: Sequence[Point], wait: Callable[[], object] | None) -> tuple[Calls, int, float]:
-    """What of `work` fits the time limit, in how many rounds, and the seconds of a round; tried on a plan a point."""
-    middles, ends_s = [work[row, len(point.plans) // 2] for row, point in enumerate(points)], []
-    for call in (middles[0], *middles):  # the first call is slow, and not counted
-        call()
-        if wait:
-            wait()
-        ends_s.append(time.monotonic())
-    plan_s = 2 * (ends_s[-1] - ends_s[0]) / len(points)  # with the untimed call before the timed one
-    share = TIME_LIMIT_S / ((WARM_UP + MIN_ROUNDS) * plan_s * len(work))
-    counts = [min(len(point.plans), max(1, int(share * len(point.plans)))) for point in points]
-    chosen = {
-        (row, column)
-        for row, (point, count) in enumerate(zip(points, counts, strict=True))
-        for column in spread(len(point.plans), count)
-    }
-    round_s = plan_s * len(chosen)
-    rounds = int(np.clip(TIME_LIMIT_S / round_s - WARM_UP, MIN_ROUNDS, MAX_ROUNDS))
-    return {key: call for key, call in work.items() if key in chosen}, rounds, round_s
 
 
 def announce(meter: EnergyMeter, count: int, say: Say) -> None:

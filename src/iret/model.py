@@ -31,12 +31,12 @@ from iret.runtime.choice import Layout, choose, to_importance
 from iret.runtime.cost import Shape
 from iret.runtime.keep import read_exits, read_strengths
 from iret.runtime.points import Plan, Point
+from iret.runtime.timing import strengths_of
 from iret.selection import accumulate, check_control, replace_importance, select, take_images
 from iret.tokens import Tokens, pack
 from iret.vit import NORM_EPS, Block, init_linear, sincos_positions
 
 MAX_GRAPHS = 64  # of one compiled model; torch would stop at 8
-NEARLY_NOTHING = 1e-9  # a strength that drops no patch, but has it chosen
 
 
 class Stage(nn.Module):
@@ -265,14 +265,7 @@ class Iret(Classifier):
 
     def replay(self, images: Float[Tensor, "B C Y X"], plans: Sequence[Plan], point: Point) -> Tensor:
         """The work that `plans` say other images were at `point`, an image each, whatever these show: a logit means nothing."""
-        transitions = len(self.transitions)
-        strengths = np.full((len(plans), transitions, 2), NEARLY_NOTHING if np.any(point.thresholds) else 0.0)
-        exits = np.full((len(plans), transitions), np.inf)
-        for row, plan in enumerate(plans):
-            live, counts = np.array(plan.kept[:-1], dtype=np.float64), np.array([plan.kept[1:], plan.refined[1:]]).T
-            passed = strengths[row, : len(live)]
-            passed[:] = np.maximum(1 - counts / live[:, None], passed)
-            exits[row, len(live) :] = 0.0  # it left there
+        strengths, exits = strengths_of(plans, len(self.transitions), point)
         if point.exit_confidence is None:
             return self.look(images, strengths, rule="topk")
         return self.run(images, strengths, exits, rule="topk").logits

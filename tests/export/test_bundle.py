@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,20 @@ def test_a_folder_with_more_than_a_bundle_is_left_alone(tmp_path):
     assert (tmp_path / FILE_NAME).read_text() == '{"rows": []}'
 
 
+def test_what_a_save_that_was_killed_left_does_not_bar_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "check", lambda *args: Parity())
+    monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
+    export(make_model(), tmp_path / "bundle")
+    (tmp_path / "bundle" / f".{FILE_NAME}.4711").write_text("{")
+    export(make_model(), tmp_path / "bundle")
+    assert not (tmp_path / "bundle" / f".{FILE_NAME}.4711").exists()
+
+
+def test_a_grid_that_has_nothing_to_drop_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a grid of 4 patches has nothing to drop; use a larger image"):
+        export(make_model(img_size=(16, 16)), tmp_path / "bundle")
+
+
 def test_a_model_without_classes_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no classes"):
         export(make_model(num_classes=0), tmp_path / "bundle")
@@ -207,6 +222,6 @@ def test_bundle_json_holds_what_a_device_needs(tmp_path, monkeypatch):
     assert raw["labels"] == ["a", "b", "c", "d", "e"]
     assert raw["preprocess"]["img_size"] == [24, 32]
     assert raw["shape"]["patch_size"] == 8
-    assert raw["versions"]["torch"] == torch.__version__.split("+")[0] or raw["versions"]["torch"] == torch.__version__
+    assert raw["versions"]["torch"] == metadata.version("torch")
     assert set(raw["checksums"]) == {"labels.txt", "stage_0.onnx", "stage_1.onnx"}
     assert raw["check"]["compared"] == 1

@@ -11,7 +11,7 @@ from torch.export import Dim
 
 from iret.export import int8
 from iret.export.bundle import _jobs, export
-from iret.export.int8 import MAX_CALLS, record_inputs
+from iret.export.int8 import record_inputs
 from iret.export.targets import WRITERS
 from iret.model import Iret
 from iret.runtime.bundle import ENGINES, FILE_NAME, Bundle, GraphFile, checksum
@@ -149,17 +149,23 @@ def test_every_graph_is_calibrated_on_what_it_was_given_at_every_setting(tmp_pat
     run_torch.update(write_bundle(tmp_path, make_model()))
     images = make_images(3)
     calls = record_inputs(tmp_path, images, [(0.0, None), (50.0, None)])
-    assert {name: len(seen) for name, seen in calls.items()} == {"stage_0": 6, "stage_1": 6}
+    assert {name: len(seen) for name, seen in calls.items()} == {"stage_0": 3, "stage_1": 6}  # the same at any setting
     firsts = [call[0] for call in calls["stage_0"]]
     assert all(any((each == image).all() for each in firsts) for image in images[:, None])
     # everything kept, and the floor alone
     assert sorted({call[0].shape[1] for call in calls["stage_1"]}) == [5, 13]
 
 
-def test_a_graph_is_calibrated_on_so_many_calls_at_most(tmp_path, run_torch):
+def test_a_graph_is_calibrated_on_so_many_calls_at_most_drawn_from_all(tmp_path, run_torch, monkeypatch):
+    monkeypatch.setattr(int8, "MAX_CALLS", 8)
     run_torch.update(write_bundle(tmp_path, make_model()))
-    calls = record_inputs(tmp_path, make_images(MAX_CALLS + 1), [(50.0, None)])
-    assert len(calls["stage_0"]) == MAX_CALLS
+    images = make_images(24)
+    calls = record_inputs(tmp_path, images, [(0.0, None), (50.0, None)])
+    assert [len(seen) for seen in calls.values()] == [8, 8]
+    drawn = [int((images == call[0]).all((1, 2, 3)).argmax()) for call in calls["stage_0"]]
+    assert len(set(drawn)) == 8
+    assert max(drawn) > 12  # late ones, too
+    assert {call[0].shape[1] for call in calls["stage_1"]} == {5, 13}
 
 
 def test_a_bucket_that_no_image_fills_is_named_with_the_way_out(tmp_path, run_torch):

@@ -115,6 +115,18 @@ def test_logits_that_are_no_numbers_are_a_problem_in_any_precision(value):
         assert count(start, gap=value, found_kept=(0, 1)).problem == "at here, image 0: logits are not finite"
 
 
+def test_every_head_must_give_numbers_and_a_single_graph_has_only_the_last():
+    model, found = make_runs()
+    found.trace.stage_logits[0] = np.nan
+    strengths = np.array([[[KEEP, REFINE]]])
+    for start, problem in (
+        (Parity(), "at here, image 0: logits are not finite"),
+        (Parity(is_exact=False), "at here, image 0: logits are not finite"),
+        (Parity(is_single=True), None),
+    ):
+        assert start.plus(model, found, slice(0, 1), strengths, None, "here").problem == problem
+
+
 def test_the_first_problem_is_the_one_that_is_told():
     found = count(count(macs=99), gap=1.0)
     assert found.problem == "at here, image 0: 99 MACs, not 100"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from iret.runtime.pace import Paces
+from iret.runtime.pace import PATIENCE, Paces
 
 
 def test_nothing_is_expected_of_a_stage_that_never_ran():
@@ -43,22 +43,31 @@ def test_large_calls_that_took_very_long_never_make_small_ones_free():
     assert paces.predict(0, 1.0) > 0
 
 
-def test_what_calls_took_is_forgotten_and_doubted():
-    forgets, doubts = Paces(1), Paces(1)
-    for paces in (forgets, doubts):
-        paces.learn(0, 100.0, 50.0)
-    for _ in range(40):
-        forgets.learn(0, 100.0, 5.0)
-    assert forgets.predict(0, 100.0) == pytest.approx(5.0, rel=0.02)
-    for _ in range(115):  # ten times too slow: as the module says
-        doubts.doubt(0)
-    assert doubts.predict(0, 100.0) < 5.0
-
-
-def test_doubt_takes_the_same_share_off_calls_of_every_size():
+def test_what_calls_took_is_forgotten():
     paces = Paces(1)
-    for macs in (100.0, 300.0):
-        paces.learn(0, macs, 2.0 + 0.01 * macs)
-    before = [paces.predict(0, macs) for macs in (50.0, 400.0)]
-    paces.doubt(0)
-    assert [paces.predict(0, macs) for macs in (50.0, 400.0)] == pytest.approx([0.98 * each for each in before])
+    paces.learn(0, 100.0, 50.0)
+    for _ in range(40):
+        paces.learn(0, 100.0, 5.0)
+    assert paces.predict(0, 100.0) == pytest.approx(5.0, rel=0.02)
+
+
+@pytest.mark.parametrize(("took", "expected"), [(20.0, 20.0), (49.0, 49.47), (50.0, 50.0)])
+def test_a_stage_refused_for_long_is_tried_and_believed_where_it_is_much_faster(took, expected):
+    paces = Paces(1)
+    paces.learn(0, 100.0, 50.0)
+    for _ in range(PATIENCE - 1):
+        paces.refuse(0)
+    assert paces.predict(0, 100.0) == 50.0
+    paces.refuse(0)
+    assert paces.predict(0, 100.0) == 0.0
+    paces.learn(0, 100.0, took)
+    assert paces.predict(0, 100.0) == pytest.approx(expected, abs=0.01)
+
+
+def test_a_stage_that_ran_meanwhile_needs_no_try():
+    paces = Paces(1)
+    for _ in range(PATIENCE):
+        paces.learn(0, 100.0, 50.0)
+        paces.refuse(0)
+    paces.learn(0, 100.0, 5.0)
+    assert paces.predict(0, 100.0) > 40.0

@@ -8,6 +8,7 @@ import pytest
 from iret.measure.estimate import HOROWITZ, estimate_joules
 from iret.runtime import timing
 from iret.runtime.cost import Shape, block_linears, numbers_moved, plan_macs
+from iret.runtime.keep import keep, read_strengths
 from iret.runtime.points import OperatingPoints, Plan, Point
 from iret.runtime.timing import MAX_ROUNDS, MIN_ROUNDS, estimate_image, fit, measure_session, replay, spread
 
@@ -59,13 +60,21 @@ def test_every_point_is_timed_on_noise_that_does_what_its_images_did():
     assert all(image.shape == (1, 3, 32, 32) and asked["rule"] == "topk" for image, asked in session.calls)
 
 
-def test_images_that_are_given_are_run_at_the_points_themselves():
-    session, images = Pretender(is_single=True), np.zeros((2, 3, 32, 32), np.float32)
-    found = measure_session(session, table(point(0.8, leaves=0.9)), images, 1.0)
-    thresholds, leaves = ((0.8, 0.8),) * 2, 0.9
-    assert all(asked == {"thresholds": thresholds, "exit_confidence": leaves} for _, asked in session.calls)
+@pytest.mark.parametrize(("is_single", "leaves"), [(False, 0.9), (True, None)])
+def test_images_that_are_given_are_run_at_the_points_themselves(is_single, leaves):
+    session, images = Pretender(is_single=is_single), np.zeros((2, 3, 32, 32), np.float32)
+    found = measure_session(session, table(point(0.8, leaves=leaves)), images, 1.0)
+    assert all(asked == {"thresholds": ((0.8, 0.8),) * 2, "exit_confidence": leaves} for _, asked in session.calls)
     assert found.joules == (pytest.approx(estimate_image(SHAPE, "float32", point(0.8), PLAN)),)
     assert found.rounds == MAX_ROUNDS
+
+
+def test_of_many_images_as_many_are_run_as_the_time_allows():
+    session, images = Pretender(), np.zeros((200, 3, 32, 32), np.float32)
+    images += np.arange(200)[:, None, None, None]
+    measure_session(session, table(point(0.0), point(0.8)), images, 1e-9)
+    assert {image.max() for image, _ in session.calls} == {100.0}  # the middle one of each point
+    assert len(session.calls) < 30
 
 
 @pytest.mark.parametrize(
@@ -91,6 +100,12 @@ def test_an_image_that_left_leaves_again_and_keeps_its_counts_until_then():
     assert asked["exit_confidence"].tolist() == [[np.inf, 0.0]]
 
 
+def test_nothing_refined_is_a_strength_that_top_k_takes():
+    strengths = replay(SHAPE, point(1.0), Plan((64, 16, 8), (0, 0, 8)))["thresholds"]
+    np.testing.assert_array_equal(read_strengths(strengths, 1, 2, "topk"), strengths)
+    assert keep(np.arange(16.0)[None], strengths[:, 0, 1], "topk", 0).sum() == 0
+
+
 def test_a_point_that_chooses_is_timed_with_choosing_even_where_nothing_is_dropped():
     everything = Plan((64, 64, 64), (0, 64, 64))
     assert (replay(SHAPE, point(0.1), everything)["thresholds"] > 0).all()
@@ -109,15 +124,24 @@ def test_slow_sessions_are_timed_on_fewer_plans_and_never_on_fewer_rounds(monkey
     now = [0.0]
     work = {(row, column): lambda: now.append(now[-1] + call_s) for row in (0, 1) for column in range(12)}
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[-1])
-    chosen, rounds = fit(work, 2, 30.0)
+    chosen, rounds, round_s = fit(work, 2, 30.0)
     assert (len(chosen), rounds) == (num_calls, num_rounds)
+    assert round_s == pytest.approx(2 * call_s * num_calls)
     assert rounds >= MIN_ROUNDS
     assert [sum(row == each for row, _ in chosen) for each in (0, 1)] == [num_calls / 2] * 2
 
 
+def test_a_device_that_is_waited_for_is_timed_with_the_wait(monkeypatch):
+    now, work = [0.0], {(row, 0): lambda: None for row in (0, 1)}
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[-1])
+    assert fit(work, 2, 30.0, wait=lambda: now.append(now[-1] + 0.5))[1:] == (14, pytest.approx(2.0))
+
+
 def test_plans_that_stay_are_the_middles_of_equal_shares():
     assert spread(12, 12) == list(range(12))
+    assert spread(12, 4) == [1, 4, 7, 10]
     assert spread(12, 3) == [2, 6, 10]
+    assert spread(12, 1) == [6]
     assert spread(1, 1) == [0]
 
 

@@ -131,7 +131,7 @@ def _write(
             write(job.graph, job.inputs, job.axes, folder / name, None if calls is None else calls[name])
         stages.setdefault(job.stage, []).append(GraphFile(name, job.tokens))
     if model.labels:
-        (folder / LABELS_NAME).write_text("\n".join(model.labels) + "\n")
+        (folder / LABELS_NAME).write_text("\n".join(model.labels) + "\n", encoding="utf-8")
     is_single = jobs[0].name == "model"
     bundle = Bundle(
         name=model.name,
@@ -172,7 +172,7 @@ def _refuse(model: Iret, out: Path, kind: str, single_graph: bool, buckets: Sequ
         raise ValueError(
             f"bucket {bad[0]} is outside [{model.shape.min_keep}, {model.shape.num_patches}], the patches that an image can keep."
         )
-    if model.shape.min_keep > model.shape.num_patches:
+    if model.shape.min_keep >= model.shape.num_patches:
         raise ValueError(f"a grid of {model.shape.num_patches} patches has nothing to drop; use a larger image.")
     if out.exists() and not _is_bundle(out):
         raise ValueError(f"{out} holds something that is not a bundle; give a new folder.")
@@ -182,7 +182,8 @@ def _is_bundle(folder: Path) -> bool:
     """Whether it is empty, or holds a bundle and nothing else: what may be replaced."""
     if not folder.is_dir():
         return False
-    names = {path.name for path in folder.iterdir()}
+    # a save that was killed leaves a description that it had not moved into place
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(f".{FILE_NAME}.")}
     if not names:
         return True
     try:

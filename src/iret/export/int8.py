@@ -25,29 +25,39 @@ Calls = list[Sequence[np.ndarray]]
 
 
 def record_inputs(folder: Path, images: np.ndarray, settings: Sequence[tuple[object, object]]) -> dict[str, Calls]:
-    """What every graph of the fp32 bundle in `folder` is given on `images`, one at a time, at each (thresholds, exits)."""
+    """What every graph of the fp32 bundle in `folder` is given on `images`, one at a time, at each (thresholds, exits).
+
+    Of more than `MAX_CALLS` a graph, so many drawn at random; the first stage, given the same at every setting, gets each image
+    once.
+    """
     calls: dict[str, Calls] = {}
+    draw, is_first = random.Random(0), True
 
     def load(engine: str, path: Path, threads: int | None) -> Graph:
-        graph, seen = load_graph(engine, path, threads), calls.setdefault(path.name, [])
+        graph, seen, met = load_graph(engine, path, threads), calls.setdefault(path.name, []), 0
 
         def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-            seen.append([each.copy() for each in inputs])
+            nonlocal met
+            if is_first or len(inputs) > 1:
+                met += 1
+                place = len(seen) if met <= MAX_CALLS else draw.randrange(met)  # every call stays with equal chance
+                if place < MAX_CALLS:
+                    seen[place : place + 1] = [[each.copy() for each in inputs]]
             return graph(inputs)
 
         return run
 
     session = Session(folder, load=load)
     for row in range(len(images)):
-        for thresholds, exits in settings:
+        for place, (thresholds, exits) in enumerate(settings):
+            is_first = place == 0
             session(images[row, None], thresholds=thresholds, exit_confidence=exits)
     unused = [name for name, seen in calls.items() if not seen]
     if unused:
         raise ValueError(
             f"no image of --data ran {unused[0]}, so it cannot be calibrated; give more, or leave that bucket out."
         )
-    draw = random.Random(0)
-    return {name: draw.sample(seen, min(len(seen), MAX_CALLS)) for name, seen in calls.items()}
+    return calls
 
 
 def quantize_onnx(path: Path, calls: Calls) -> None:

@@ -42,6 +42,7 @@ class Parity:
     logit_error: float = 0.0  # largest difference where the same patches were kept
     problem: str | None = None  # the first thing that is not as it must be
     is_exact: bool = True  # fp32: other patches and other logits are problems
+    is_single: bool = False  # one graph, which has the last head alone
     accuracy: tuple[Accuracy, ...] = ()  # of int8, on images that it was not calibrated on
 
     def plus(
@@ -64,7 +65,8 @@ class Parity:
         logits, macs = model.logits[rows].numpy(), model.macs[rows].numpy()
         for row in range(len(logits)):
             here = f"at {where}, image {rows.start + row}"
-            if not np.isfinite(found.logits[row]).all():
+            heads = slice(found.trace.exit_stage[row] if self.is_single else 0, found.trace.exit_stage[row] + 1)
+            if not np.isfinite(found.trace.stage_logits[heads, row]).all():
                 problem = problem or f"{here}: logits are not finite"
             last = min(left[row], found.trace.exit_stage[row])  # that both passed
             differs = (kept[:, row] != found.trace.kept[:, row]) | (refined[:, row] != found.trace.refined[:, row])
@@ -80,9 +82,7 @@ class Parity:
                 is_tie = exits is not None and abs(sure - exits[row, last]) <= TIE
                 fault = f"{here}: left after stage {found.trace.exit_stage[row] + 1}, not {left[row] + 1}"
             else:
-                earlier = found.trace.stage_logits[:last, row]
-                ran = slice(last if np.isnan(earlier).all() else 0, last + 1)  # a single graph has the last head alone
-                gaps = np.abs(stages[ran, row] - found.trace.stage_logits[ran, row]).max(1)
+                gaps = np.abs(stages[heads, row] - found.trace.stage_logits[heads, row]).max(1)
                 error = float(np.max([error, *gaps]))  # NaN stays NaN
                 if self.is_exact and not (gaps <= TOLERANCE).all():
                     problem = problem or f"{here}: logits differ by {gaps.max():.1e}"
@@ -138,7 +138,7 @@ def check(
 @torch.inference_mode()
 def compare(model: Iret, session: Session, images: Tensor, batches: tuple[int, ...] = BATCHES) -> Parity:
     """The bundle against the model at every setting of `settings`, in batches of these sizes."""
-    parity = Parity(is_exact=session.bundle.precision == "float32")
+    parity = Parity(is_exact=session.bundle.precision == "float32", is_single=session.bundle.is_single)
     for name, thresholds, exit_confidence in settings(model, session.bundle):
         expected = model.run(images, thresholds, exit_confidence)
         strengths = read_strengths(thresholds, len(images), len(model.transitions))

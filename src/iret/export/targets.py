@@ -75,7 +75,7 @@ def write_executorch(
         path.write_bytes(program.buffer)
 
 
-Writer = Callable[[nn.Module, tuple[Tensor, ...], "Axes | None", Path, "Calls | None"], None]
+Writer = Callable[[nn.Module, tuple[Tensor, ...], Axes | None, Path, Calls | None], None]
 WRITERS: dict[str, tuple[str, Writer]] = {
     "onnx": (".onnx", write_onnx),
     "openvino": (".xml", write_openvino),

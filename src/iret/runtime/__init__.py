@@ -1,5 +1,6 @@
-"""What goes on the device: NumPy, Pillow and later an engine; never torch.
+"""What goes on the device: NumPy, Pillow and one engine; never torch.
 
-`cost` counts multiply-accumulates, `keep` is the reference of the keep rules, `points` is the table a budget is looked
-up in, `preprocess` turns a photo into an array.
+photo -> `preprocess` -> `session`, which goes through `stage` (on one of `engines`) and `choice` (rules: `keep`) in turn
+budget, ms, joules -> `points` -> thresholds; `controller` turns the budget from call to call, by `estimates`
+deadline -> `pace`; clock of this device -> `timing`; multiply-accumulates -> `cost`, `record`; files -> `bundle`
 """

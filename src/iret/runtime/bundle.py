@@ -17,6 +17,7 @@ from iret.runtime.preprocess import Preprocess
 
 FORMAT = 1
 FILE_NAME = "bundle.json"
+PRECISIONS = ("float32", "int8")
 ENGINES = {"onnx": ("onnxruntime", "openvino"), "openvino": ("openvino",), "executorch": ("executorch",)}
 
 
@@ -35,7 +36,7 @@ class Bundle:
     name: str
     kind: str  # a key of ENGINES
     is_single: bool
-    precision: str  # "float32" or "int8"
+    precision: str  # one of PRECISIONS
     shape: Shape
     preprocess: Preprocess
     labels: tuple[str, ...] | None
@@ -53,6 +54,7 @@ class Bundle:
             files |= {str(Path(file).with_suffix(".bin")) for file in files}
         wrong = {
             f"kind {self.kind!r} is none of {', '.join(ENGINES)}": self.kind not in ENGINES,
+            f"precision {self.precision!r} is none of {', '.join(PRECISIONS)}": self.precision not in PRECISIONS,
             f"it has graphs of {len(self.stages)} stages": len(self.stages)
             != (1 if self.is_single else len(self.shape.depths)),
             "a stage has no graph": not all(self.stages),

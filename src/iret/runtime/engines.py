@@ -76,9 +76,7 @@ def _load_openvino(path: Path, threads: int | None) -> Graph:
     def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         with in_turn:
             found = request.infer(list(inputs), share_inputs=True)
-            return [
-                found[place].copy() for place in range(len(found))
-            ]  # its buffers are written again by the next call
+            return [found[place].copy() for place in range(len(found))]  # the next call writes there again
 
     return run
 

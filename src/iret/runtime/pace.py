@@ -7,7 +7,8 @@ the first stage's seconds a MAC in the same run: a slow moment of the whole mach
 from threading import Lock
 
 FORGETTING = 0.9  # of what earlier calls took
-DOUBT = 0.98  # a stage half as fast as it should be is tried again after 35 runs, one ten times too slow after 115
+PATIENCE = 50  # refusals in a row before a stage is begun all the same, which may make that one answer late
+SURPRISE = 0.75  # of what was expected: a stage so much faster when it is tried was not known
 
 
 class Paces:
@@ -15,6 +16,7 @@ class Paces:
 
     def __init__(self, num_stages: int) -> None:
         self._sums: list[tuple[float, ...]] = [(0.0,) * 5] * num_stages  # of 1, macs, time, macs^2, macs * time
+        self._refused = [0] * num_stages  # runs since the stage was last begun
         self._lock = Lock()  # a fit is replaced whole, so reading one needs no lock
         self.speed = 1.0  # seconds a MAC of the latest first stage: the unit of time
 
@@ -28,23 +30,31 @@ class Paces:
         latest = (1.0, macs, time, macs * macs, macs * time)
         with self._lock:
             earlier = self._sums[stage]
+            is_try = self._refused[stage] >= PATIENCE
+            if is_try and time < SURPRISE * _at(earlier, macs):
+                earlier = (0.0,) * 5
             self._sums[stage] = tuple(FORGETTING * old + new for old, new in zip(earlier, latest, strict=True))
+            self._refused[stage] = 0
 
-    def doubt(self, stage: int) -> None:
-        """It was not begun for want of time: believe a little less of what it took, or one slow call would bar it for good."""
+    def refuse(self, stage: int) -> None:
+        """It was not begun for want of time. Now and then it is tried, or one slow call would bar it for good."""
         with self._lock:
-            count, macs, time, square, product = self._sums[stage]
-            self._sums[stage] = (count, macs, DOUBT * time, square, DOUBT * product)
+            self._refused[stage] += 1
 
     def predict(self, stage: int, macs: float) -> float:
-        """Time, 0 or more; 0 while nothing is known."""
-        count, *sums = self._sums[stage]
-        if not count:
-            return 0.0
-        mean_macs, mean_time, mean_square, mean_product = (each / count for each in sums)
-        spread = mean_square - mean_macs**2
-        through_zero = mean_time / mean_macs
-        if spread < 1e-6 * mean_square:  # all calls were alike
-            return through_zero * macs
-        slope = min(max(0.0, (mean_product - mean_macs * mean_time) / spread), through_zero)
-        return mean_time + slope * (macs - mean_macs)
+        """Time, 0 or more; 0 while nothing is known, and when the stage is to be tried."""
+        return 0.0 if self._refused[stage] >= PATIENCE else _at(self._sums[stage], macs)
+
+
+def _at(fit: tuple[float, ...], macs: float) -> float:
+    """Where the line through these sums stands at `macs`; 0 without any call."""
+    count, *sums = fit
+    if not count:
+        return 0.0
+    mean_macs, mean_time, mean_square, mean_product = (each / count for each in sums)
+    spread = mean_square - mean_macs**2
+    through_zero = mean_time / mean_macs
+    if spread < 1e-6 * mean_square:  # all calls were alike
+        return through_zero * macs
+    slope = min(max(0.0, (mean_product - mean_macs * mean_time) / spread), through_zero)
+    return mean_time + slope * (macs - mean_macs)

@@ -23,6 +23,7 @@ FORMAT = 2
 FILE_NAME = "points.json"
 BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)  # that cards, `iret eval` and the demo show
 PRECISIONS = ("float32", "bfloat16", "int8")  # number formats that a device can be measured in
+MEASURE_MODEL = "`iret calibrate MODEL --device-only`"
 CLIFF_SHARE, CLIFF_STEP = 0.1, 0.02  # so much of the full MACs on so little of the threshold is a cliff
 
 
@@ -149,6 +150,10 @@ class OperatingPoints:
         """Whether they are those of a model of this cost and number of transitions."""
         return self.full_macs == full_macs and all(len(point.thresholds) == num_transitions for point in self.points)
 
+    def has_those_of(self, other: "OperatingPoints") -> bool:
+        """Whether it is the same table but for its clocks."""
+        return replace(self, devices=()) == replace(other, devices=())
+
     # ---- from a budget to a setting
 
     def setting(self, budget: float) -> Setting:
@@ -180,23 +185,22 @@ class OperatingPoints:
 
     # ---- from milliseconds or joules to a budget
 
-    def table_of(self, device: str) -> DeviceTable:
-        """Raises ValueError unless this device was measured."""
+    def table_of(self, device: str, remedy: str = MEASURE_MODEL) -> DeviceTable:
+        """Raises ValueError unless this device was measured; `remedy` says how that is done."""
         for table in self.devices:
             if table.device == device:
                 return table
         known = "; ".join(table.device for table in self.devices) or "none"
-        raise ValueError(
-            f"no clock was measured on this device ({device}); known: {known}. Measure it with "
-            "`iret calibrate MODEL --device-only`."
-        )
+        raise ValueError(f"no clock was measured on this device ({device}); known: {known}. Measure it with {remedy}.")
 
     def with_device(self, table: DeviceTable) -> "OperatingPoints":
         """This table with the columns of a device added or replaced."""
         others = tuple(other for other in self.devices if other.device != table.device)
         return replace(self, devices=(*others, table))
 
-    def budget_for(self, device: str, *, ms: float | None = None, joules: float | None = None) -> float:
+    def budget_for(
+        self, device: str, *, ms: float | None = None, joules: float | None = None, remedy: str = MEASURE_MODEL
+    ) -> float:
         """The budget of the most accurate position whose mean cost an image on `device` is at most that.
 
         Of equally accurate ones the cheapest, so never one that another beats in accuracy at no more of that cost: a larger
@@ -207,7 +211,7 @@ class OperatingPoints:
         """
         if (ms is None) == (joules is None):
             raise ValueError("give one of ms and joules.")
-        table = self.table_of(device)
+        table = self.table_of(device, remedy)
         unit, asked = ("ms", ms) if joules is None else ("joules", joules)
         assert asked is not None
         if not asked > 0:
@@ -218,8 +222,8 @@ class OperatingPoints:
             least, share = min(zip(getattr(menu, unit), menu.budget, strict=True))
             raise ValueError(
                 f"{unit}={asked:g} is below the cheapest operating point on this device, {least:.4g} {unit} at "
-                f"{_round_up(share)} of the MACs; ask for that or more, give --budget {_round_up(share)} (budget=) in its "
-                "place, or measure again with `iret calibrate MODEL --device-only` if this machine was busy then."
+                f"{_round_up(share)} of the MACs; ask for that or more, give --budget {_round_up(share)} (in Python "
+                f"budget=) in its place, or measure again with {remedy} if this machine was busy then."
             )
         return budget
 
@@ -330,6 +334,40 @@ def frontier(points: Sequence[Point], num_images: int) -> tuple[Point, ...]:
 def keep_all(num_transitions: int) -> Setting:
     """Nothing is dropped and nobody leaves early."""
     return Setting(thresholds=((0.0, 0.0),) * num_transitions)
+
+
+# ---- what a model and a session both ask; `lacking` is their sentence where there is no table
+
+
+def require(points: OperatingPoints | None, asker: str, lacking: str) -> OperatingPoints:
+    """The table; raises ValueError where there is none."""
+    if points is None:
+        raise ValueError(f"{asker} needs operating points, and {lacking}, or give thresholds.")
+    return points
+
+
+def setting_of(points: OperatingPoints | None, budget: float, num_transitions: int, lacking: str) -> Setting:
+    """As `OperatingPoints.setting`; everything needs no table."""
+    check_budget(budget)
+    if budget == 1:
+        return keep_all(num_transitions)
+    return require(points, f"budget={budget:g}", lacking).setting(budget)
+
+
+def budget_of(
+    points: OperatingPoints | None, device: str, *, ms: float | None, joules: float | None, lacking: str, remedy: str
+) -> float:
+    """As `OperatingPoints.budget_for`; what is no number is refused, too."""
+    for name, value in (("ms", ms), ("joules", joules)):
+        check_number(name, value, f"; for one an image give a budget each, from budget_for({name}=...)")
+    table = require(points, f"ms={ms:g}" if ms is not None else f"joules={joules}", lacking)
+    return table.budget_for(device, ms=ms, joules=joules, remedy=remedy)
+
+
+def check_number(name: str, value: object, instead: str = "") -> None:
+    """Raises ValueError for what is neither None nor one number; `instead` ends the sentence."""
+    if value is not None and not isinstance(value, (int, float, np.number)):
+        raise ValueError(f"{name}={value!r} must be one number{instead}.")
 
 
 def check_budget(budget: float) -> None:

@@ -26,10 +26,23 @@ from iret.runtime.cost import Shape, stage_macs
 from iret.runtime.engines import Graph, check_threads, load_graph
 from iret.runtime.keep import check_rule, read_exits, read_strengths
 from iret.runtime.pace import Paces
-from iret.runtime.points import DeviceTable, OperatingPoints, Point, Setting, check_budget, keep_all
+from iret.runtime.points import (
+    DeviceTable,
+    OperatingPoints,
+    Point,
+    Setting,
+    budget_of,
+    check_number,
+    require,
+    setting_of,
+)
 from iret.runtime.preprocess import Source
 from iret.runtime.record import Record
+from iret.runtime.single import run_single
 from iret.runtime.stage import Batch, Stage
+
+LACKING = "this bundle has none; run `iret calibrate MODEL` and export the model again"
+MEASURE_SESSION = "session.measure() and session.save()"
 
 
 @dataclass(frozen=True)
@@ -40,9 +53,7 @@ class Trace:
     exit_stage: np.ndarray  # int [B]: index of the stage whose head answered
     kept: np.ndarray  # bool [S, B, rows, columns]: patches computed in each stage
     refined: np.ndarray  # bool [S, B, rows, columns]: patches whose details were added on the way into each stage
-    importance: (
-        np.ndarray
-    )  # float [S - 1, B, rows, columns]: what each choice was made on, "times uniform"; NaN elsewhere
+    importance: np.ndarray  # float [S - 1, B, rows, columns]: "times uniform", what each choice saw; NaN elsewhere
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,7 @@ class Session:
     ) -> None:
         """`engine` None: the first that runs this kind of bundle. `threads` None: as many as the engine likes.
 
+        ExecuTorch has one pool of threads a process, so there the latest number that any session gave holds for all.
         `controller` is asked for the budget of every call that says nothing itself, and told what it took; calls with a
         setting of their own go past it. `clock` (seconds) and `load`, which makes a graph of a file, can be replaced: tests do.
 
@@ -155,11 +167,11 @@ class Session:
         [B], one an image; `ms` or `joules` an image, in the mean at batch 1 on this engine here (`measure`); `thresholds`, as of
         `Iret.run`, like `exit_confidence` and `rule`. Without any, the controller says, else the deadline, else everything.
 
-        `deadline_ms`, for the whole batch, from this call on and with reading photos: the dearest point that should fit is
-        taken where none is given, and no stage is begun that should end too late, so the last head that could be afforded
-        answers. The first stage always runs. A stage can take longer than it should, so the answer comes after the deadline at
-        most by what the last stage took (by less, if that was expected of it); or by reading and the first stage, where
-        reading alone takes too long.
+        `deadline_ms`, for the whole batch, from this call on and with reading photos: the most accurate point that should
+        fit is taken where none is given, and no stage is begun that should end too late, so the last head that could be afforded
+        answers. The first stage always runs, and one that was refused for long is tried now and then, for it may have become
+        faster. A stage can take longer than it should, so the answer comes after the deadline at most by what the last stage
+        took (by less, if that was expected of it); or by reading and the first stage, where reading alone takes too long.
 
         Raises:
             ValueError: images that do not fit or hold NaN, settings that do not fit, a bundle that cannot do what is asked.
@@ -171,6 +183,7 @@ class Session:
             raise ValueError(f"give one of budget, ms, joules and thresholds, not {' and '.join(given)}.")
         if rule != "threshold" and thresholds is None:
             raise ValueError(f"rule={rule!r} reads thresholds as its own strengths; give them.")
+        check_number("deadline_ms", deadline_ms)
         if deadline_ms is not None and not deadline_ms > 0:
             raise ValueError(f"deadline_ms={deadline_ms} must be above 0.")
         if self.bundle.is_single and (deadline_ms is not None or exit_confidence is not None or rule != "threshold"):
@@ -199,7 +212,7 @@ class Session:
             budget = 1.0 if until == np.inf else self._affordable(len(x), until - started)
         budgets, strengths, exits = self._settings(len(x), budget, thresholds, exit_confidence, rule)
         if self.bundle.is_single:
-            record, stage_logits, importance = self._run_single(batch, strengths)
+            record, stage_logits, importance = run_single(self._stages[0], batch, self.shape, strengths)
         else:
             record, stage_logits, importance = self._run_staged(batch, strengths, exits, until, rule)
         kept, refined = record.grids()
@@ -212,10 +225,7 @@ class Session:
 
     def setting(self, budget: float) -> Setting:
         """Thresholds and exit confidence for a budget, from the bundle's operating points."""
-        check_budget(budget)
-        if budget == 1:
-            return keep_all(len(self.shape.depths) - 1)
-        return self._table(f"budget={budget:g}").setting(budget)
+        return setting_of(self.points, budget, len(self.shape.depths) - 1, LACKING)
 
     def budget_for(self, *, ms: float | None = None, joules: float | None = None) -> float:
         """The budget that costs so many milliseconds or joules an image, in the mean at batch 1 on this engine here.
@@ -223,23 +233,15 @@ class Session:
         Raises:
             ValueError: as `OperatingPoints.budget_for`; a session that was not measured.
         """
-        check_number("ms", ms)
-        check_number("joules", joules)
-        table = self._table(f"ms={ms:g}" if ms is not None else f"joules={joules}")
-        if all(other.device != self.device for other in table.devices):
-            known = "; ".join(other.device for other in table.devices) or "none"
-            raise ValueError(
-                f"no clock was measured on this engine and device ({self.device}); known: {known}. Call session.measure() once, "
-                "and session.save() to keep what it finds in the bundle."
-            )
-        return table.budget_for(self.device, ms=ms, joules=joules)
+        return budget_of(self.points, self.device, ms=ms, joules=joules, lacking=LACKING, remedy=MEASURE_SESSION)
 
     def measure(
         self, images: Source | Sequence[Source] | np.ndarray | None = None, *, seconds: float = 20.0
     ) -> DeviceTable:
         """Time every operating point on this engine here, for some `seconds`; `ms` and `joules` are looked up there from now on.
 
-        On `images`, as `__call__` takes them; None: on noise, which is made to do what held-out images did at every point.
+        On `images`, as `__call__` takes them, or as many of them, spread evenly, as that time allows (one at least); None: on
+        noise, which is made to do what held-out images did at every point.
         Joules are estimated (`iret.measure.estimate`). Meanwhile nobody else should call.
 
         Raises:
@@ -247,26 +249,26 @@ class Session:
         """
         from iret.runtime.timing import measure_session  # seldom needed, and not to slow down loading
 
-        points = self._table("a clock")
+        points = require(self.points, "a clock", LACKING)
         table = measure_session(self, points, None if images is None else self._read(images), seconds)
         self.bundle = replace(self.bundle, points=points.with_device(table))
         return table
 
     def save(self) -> None:
-        """Write `bundle.json` again, with what was measured; a device needs to be measured once only.
+        """Add what was measured to `bundle.json`, whose other clocks stay; a device needs to be measured once only.
 
         Raises:
+            ValueError: nothing was measured here, or the folder's bundle is not the one of this session any more.
             OSError: it cannot be written; the old one stays.
         """
-        self.bundle.write(self._folder)
-
-    def _table(self, asker: str) -> OperatingPoints:
-        if self.points is None:
+        points = require(self.points, "a clock", LACKING)
+        table = points.table_of(self.device, MEASURE_SESSION)
+        there = Bundle.read(self._folder)
+        if there.points is None or there.checksums != self.bundle.checksums or not there.points.has_those_of(points):
             raise ValueError(
-                f"{asker} needs operating points, and this bundle has none; run `iret calibrate MODEL` and export "
-                "the model again, or give thresholds."
+                f"{self._folder} was exported again since this session was made; open it anew, and measure there."
             )
-        return self.points
+        replace(there, points=there.points.with_device(table)).write(self._folder)
 
     def _settings(
         self, batch: int, budget: Any, thresholds: object, exit_confidence: object, rule: str
@@ -277,7 +279,10 @@ class Session:
         if thresholds is not None:
             strengths = read_strengths(thresholds, batch, transitions, rule)
         else:
-            asked = np.asarray(budget, dtype=np.float64)
+            try:
+                asked = np.asarray(budget, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"budget={budget!r} must be one number, or one an image.") from error
             if asked.shape not in ((), (batch,)):
                 raise ValueError(f"budget of shape {asked.shape} does not fit {batch} images; give one each.")
             settings = [self.setting(float(each)) for each in asked.ravel()]
@@ -292,17 +297,19 @@ class Session:
         return budgets, strengths, exits
 
     def _affordable(self, batch: int, seconds: float) -> float:
-        """The largest budget whose points should take at most `seconds` for a batch; the cheapest if none does."""
+        """The budget of the most accurate point that should take at most `seconds` for a batch; the cheapest if none does."""
         if self.points is None or not self._paces.are_known:
             return 1.0
         shares = self.points.shares  # cheapest first, points dearest first
-        for share, point in zip(shares[::-1], self.points.points, strict=True):
-            if self._predict(point, batch) <= seconds:
-                return float(share)
-        return float(shares[0])
+        rows = zip(shares[::-1].tolist(), self.points.points, strict=True)
+        fit = [(point.accuracy, -share) for share, point in rows if self._predict(point, batch) <= seconds]
+        return -max(fit)[1] if fit else float(shares[0])  # of equally accurate ones the cheapest
 
     def _predict(self, point: Point, batch: int) -> float:
-        """Seconds of so many mean images at `point`, by what calls have taken so far."""
+        """Seconds of so many mean images at `point`, by what calls have taken so far.
+
+        Of a mean image, those that leave early included; one that stays takes longer, and may find no time for its last stage.
+        """
         kept = (self.shape.num_patches, *point.kept_mean[1:])
         return self._paces.speed * sum(
             self._paces.predict(stage, batch * float(stage_macs(self.shape, stage, count, count, scored=True)))
@@ -327,7 +334,7 @@ class Session:
             macs = stage.macs(layout)
             began = self._clock()
             if index and began + speed * paces.predict(index, macs) > until:
-                paces.doubt(index)
+                paces.refuse(index)
                 break
             x_TD, received_T, logits = stage.run(images, x_TD, layout, refined_T)
             took = self._clock() - began
@@ -356,20 +363,6 @@ class Session:
                 x_TD, layout, refined_T = cut(x_TD, layout, choice)
         return record, stage_logits, importance.reshape(num_stages - 1, batch, *shape.grid)
 
-    def _run_single(self, images: Batch, strengths: np.ndarray) -> tuple[Record, np.ndarray, np.ndarray]:
-        shape, batch = self.shape, len(images.images)
-        num_stages, record = len(shape.depths), Record(shape, batch)
-        stage_logits = np.full((num_stages, batch, shape.num_classes), np.nan, np.float32)
-        importance = np.full((num_stages - 1, batch, shape.num_patches), np.nan)
-        for row in range(batch):
-            inputs = [images.images[row, None], strengths[row].astype(np.float32)]
-            logits, kept, refined, seen = self._stages[0].call(images, inputs)
-            stage_logits[-1, row] = logits[0]
-            record.kept[:, row], record.refined[:, row] = kept > 0, refined > 0
-            importance[:, row] = np.where(record.kept[:-1, row], seen, np.nan)
-        record.stages_run = num_stages
-        return record, stage_logits, importance.reshape(num_stages - 1, batch, *shape.grid)
-
     def _read(self, images: Source | Sequence[Source] | np.ndarray) -> np.ndarray:
         if not (isinstance(images, np.ndarray) and images.dtype == np.float32):
             return self.bundle.preprocess(images)
@@ -382,14 +375,6 @@ class Session:
         if not np.isfinite(images.sum()):
             raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")
         return np.ascontiguousarray(images)
-
-
-def check_number(name: str, value: object) -> None:
-    """Raises ValueError for what is neither None nor one number."""
-    if value is not None and not isinstance(value, (int, float, np.number)):
-        raise ValueError(
-            f"{name}={value!r} must be one number; for one an image give budget=[session.budget_for({name}=...), ...]."
-        )
 
 
 def _confidence(logits: np.ndarray) -> np.ndarray:

@@ -7,16 +7,16 @@ each engine has its own.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from iret.measure.estimate import HOROWITZ, EstimateMeter, estimate_joules
-from iret.measure.latency import measure_latency
+from iret.measure.latency import Latency, measure_latency
 from iret.runtime.cost import Shape, block_linears, numbers_moved, plan_macs
-from iret.runtime.points import DeviceTable, OperatingPoints, Plan, Point
+from iret.runtime.points import DeviceTable, OperatingPoints, Plan, Point, check_number
 
 if TYPE_CHECKING:
     from iret.runtime.session import Session
@@ -38,14 +38,13 @@ def measure_session(
 ) -> DeviceTable:
     """The columns of `session.device`: every point on `images`, float32 [B, C, Y, X], one at a time, or on its plans.
 
-    Of a slow model fewer plans are timed, evenly over each point, so that it takes about `seconds`, but never fewer than one, in
-    never fewer than three rounds.
+    Of what takes longer than about `seconds`, fewer images or plans are timed, evenly over those of each point, but never fewer
+    than one, in never fewer than three rounds. Joules are of the images that were timed, or of all plans.
     """
+    check_number("seconds", seconds)
     if not (np.isfinite(seconds) and seconds > 0):
         raise ValueError(f"seconds={seconds:g} must be above 0.")
     shape, precision = session.shape, session.bundle.precision
-    calls: Calls = {}
-    plans: dict[tuple[int, int], Plan] = {}
     if images is None:
         if session.bundle.is_single or not all(point.plans for point in points.points):
             what = (
@@ -53,32 +52,29 @@ def measure_session(
             )
             raise ValueError(f"{what}; give session.measure some images, a dozen or more.")
         noise = np.random.default_rng(0).standard_normal((1, shape.in_chans, *shape.img_size), dtype=np.float32)
+    calls: Calls = {}
     for row, point in enumerate(points.points):
         for column, plan in enumerate(point.plans if images is None else ()):
             calls[row, column] = partial(session, noise, **replay(shape, point, plan))
-            plans[row, column] = plan
         for column, image in enumerate(() if images is None else images):
             calls[row, column] = partial(
                 session, image[None], thresholds=point.thresholds, exit_confidence=point.exit_confidence
             )
-            plans[row, column] = plan_of(calls[row, column]().trace)
-    chosen, rounds = fit(calls, len(points.points), seconds)
+    chosen, rounds, _ = fit(calls, len(points.points), seconds)
     samples = measure_latency(chosen, rounds=rounds, warm_up=WARM_UP, lead=1)
-    columns = []
+    ms_mean, ms_p50, ms_p95 = clock_columns(samples, len(points.points))
+    joules = []
     for row, point in enumerate(points.points):
-        of_point = [latency for (at, _), latency in samples.items() if at == row]
-        every = np.concatenate([latency.samples_s for latency in of_point]) * 1e3
-        mean = statistics.mean(latency.p50_ms for latency in of_point)  # of images; a median over rounds for each
-        estimates = [estimate_image(shape, precision, point, plan) for (at, _), plan in plans.items() if at == row]
-        columns.append((mean, *map(float, np.percentile(every, (50, 95))), statistics.mean(estimates)))
-    ms_mean, ms_p50, ms_p95, joules = zip(*columns, strict=True)
+        own = [call for (at, _), call in chosen.items() if at == row]
+        plans = point.plans if images is None else [plan_of(call().trace) for call in own]
+        joules.append(statistics.mean(estimate_image(shape, precision, point, plan) for plan in plans))
     meter = EstimateMeter(HOROWITZ[FORMATS[precision][0]])
     return DeviceTable(
         device=session.device,
         ms_mean=ms_mean,
         ms_p50=ms_p50,
         ms_p95=ms_p95,
-        joules=joules,
+        joules=tuple(joules),
         energy_source=meter.source,
         energy_scope=meter.scope,
         energy_kind=meter.kind,
@@ -88,14 +84,23 @@ def measure_session(
 
 def replay(shape: Shape, point: Point, plan: Plan) -> dict[str, Any]:
     """What to give a session with one image, whatever it shows, to have it do what `plan` says another did at `point`."""
-    transitions, live = len(shape.depths) - 1, np.array(plan.kept[:-1], dtype=np.float64)
-    strengths = np.full((1, transitions, 2), NEARLY_NOTHING if np.any(point.thresholds) else 0.0)
-    passed = strengths[0, : len(live)]
-    passed[:] = np.maximum(1 - np.array([plan.kept[1:], plan.refined[1:]]).T / live[:, None], passed)
-    exits = np.full((1, transitions), np.inf)
-    exits[0, len(live) :] = 0.0  # it left there
+    strengths, exits = strengths_of([plan], len(shape.depths) - 1, point)
     confidence = None if point.exit_confidence is None else exits
     return {"thresholds": strengths, "exit_confidence": confidence, "rule": "topk"}
+
+
+def strengths_of(plans: Sequence[Plan], transitions: int, point: Point) -> tuple[np.ndarray, np.ndarray]:
+    """What has images do what `plans` say, one each, by the rule "topk": strengths [B, transitions, 2], exits [B, transitions].
+
+    Where `point` drops nothing the strengths are 0; where it does, every transition chooses, even if nothing is dropped there.
+    """
+    least = NEARLY_NOTHING if np.any(point.thresholds) else 0.0
+    strengths, exits = np.full((len(plans), transitions, 2), least), np.full((len(plans), transitions), np.inf)
+    for row, plan in enumerate(plans):
+        live, counts = np.array(plan.kept[:-1], dtype=np.float64), np.array([plan.kept[1:], plan.refined[1:]]).T
+        strengths[row, : len(live)] = np.clip(1 - counts / live[:, None], least, 1 - NEARLY_NOTHING)
+        exits[row, len(live) :] = 0.0  # it left there
+    return strengths, exits
 
 
 def plan_of(trace: Any) -> Plan:
@@ -105,23 +110,41 @@ def plan_of(trace: Any) -> Plan:
     return Plan(tuple(kept), tuple(refined))
 
 
-def fit(calls: Calls, num_points: int, seconds: float) -> tuple[Calls, int]:
-    """What of `calls` fits so many seconds, and in how many rounds; tried on the middle call of each point."""
+def fit(
+    calls: Calls, num_points: int, seconds: float, wait: Callable[[], object] | None = None
+) -> tuple[Calls, int, float]:
+    """What of `calls` fits so many seconds, in how many rounds, and the seconds of a round; tried on a middle call a point.
+
+    `wait`: what waits for a device's queue, where calls return before they are done.
+    """
     counts = [sum(at == row for at, _ in calls) for row in range(num_points)]
-    middles = [calls[row, count // 2] for row, count in enumerate(counts)]
-    middles[0]()  # the first call is slow, and not counted
-    began = time.perf_counter()
-    for call in middles:
+    middles, ends_s = [calls[row, count // 2] for row, count in enumerate(counts)], []
+    for call in (middles[0], *middles):  # the first call is slow, and not counted
         call()
-    call_s = 2 * max(time.perf_counter() - began, 1e-9) / num_points  # with the untimed call before the timed one
+        if wait:
+            wait()
+        ends_s.append(time.perf_counter())
+    call_s = 2 * max(ends_s[-1] - ends_s[0], 1e-9) / num_points  # with the untimed call before the timed one
     share = seconds / ((WARM_UP + MIN_ROUNDS) * call_s * len(calls))
     chosen = {
         (row, column)
         for row, count in enumerate(counts)
         for column in spread(count, max(1, int(min(share, 1) * count)))
     }
-    rounds = int(np.clip(seconds / (call_s * len(chosen)) - WARM_UP, MIN_ROUNDS, MAX_ROUNDS))
-    return {key: call for key, call in calls.items() if key in chosen}, rounds
+    round_s = call_s * len(chosen)
+    rounds = int(np.clip(seconds / round_s - WARM_UP, MIN_ROUNDS, MAX_ROUNDS))
+    return {key: call for key, call in calls.items() if key in chosen}, rounds, round_s
+
+
+def clock_columns(samples: Mapping[tuple[int, int], Latency], num_points: int) -> tuple[tuple[float, ...], ...]:
+    """`ms_mean`, `ms_p50` and `ms_p95` of a table, from what was timed of each point."""
+    rows = []
+    for row in range(num_points):
+        of_point = [latency for (at, _), latency in samples.items() if at == row]
+        every = np.concatenate([latency.samples_s for latency in of_point]) * 1e3
+        mean = statistics.mean(latency.p50_ms for latency in of_point)  # of images; a median over rounds for each
+        rows.append((mean, *map(float, np.percentile(every, (50, 95)))))
+    return tuple(zip(*rows, strict=True))
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -140,7 +163,8 @@ def estimate_work(
 ) -> float:
     """Joules of `work` MACs on so many patches a stage, by published constants: arithmetic and memory alone, without idle power.
 
-    In int8, the linear layers of the blocks multiply in 8 bits and read weights of 8 bits; everything else stays in float32.
+    In int8, the linear layers of the blocks multiply in 8 bits and read weights of 8 bits, as in `iret.precision`; all else stays
+    in float32. Other engines round every product with a weight, so theirs is too dear by embeddings and heads.
     """
     moved = numbers_moved(shape, kept, refined)
     constants, size = FORMATS[precision]
