@@ -60,8 +60,6 @@ class PretendSession:
 
     def __call__(self, images, budget=None, *, exit_confidence=None, deadline_ms=None) -> SimpleNamespace:
         self.calls.append(dict(batch=len(images), budget=budget, exits=exit_confidence, deadline_ms=deadline_ms))
-        if not np.isfinite(images).all():
-            raise ValueError("images hold NaN.")
         if (images > 100).any():
             raise RuntimeError("/secret/path: a bug")
         batch = len(images)
@@ -105,4 +103,4 @@ def photo(side: int = 16, value: int = 128, kind: str = "PNG") -> bytes:
 
 if __name__ == "__main__":
     options = Options(port=0, workers=int(sys.argv[1]), max_batch=4)
-    run(partial(Worker, make_computer), options, lambda text: print(text, flush=True))
+    sys.exit(1 if run(partial(Worker, make_computer), options, lambda text: print(text, flush=True)) else 0)

@@ -20,6 +20,8 @@ from iret.serve.service import Limits, Service
 
 PHOTO = photo()
 PNG = {"Content-Type": "image/png"}
+FORM = {"Content-Type": "multipart/form-data; boundary=B"}
+FIELD = b'--B\r\nContent-Disposition: form-data; name="image"\r\n\r\n%s\r\n--B--\r\n' % (b"x" * 1_100_000)  # no file
 LIMITS = Limits(queue=4, body_bytes=20_000, max_pixels=10_000, timeout_s=5.0)
 
 
@@ -33,6 +35,9 @@ def make_service(computer: Computer | None = None, limits: Limits = LIMITS, subm
         return found
 
     return Service(submit or compute, computer.describe(), limits, Metrics())
+
+
+LARGE = make_service(limits=Limits())
 
 
 def talk(scene, service: Service | None = None, **options):
@@ -103,6 +108,8 @@ def test_a_deadline_may_end_at_an_earlier_stage_and_the_trace_says_so():
         (400, "not valid base64", {"content": b'{"image": "!"}', "headers": {"Content-Type": "application/json"}}),
         (400, "not valid multipart", {"content": b"-", "headers": {"Content-Type": "multipart/form-data"}}),
         (400, "no file in its field", {"files": {"picture": b"x"}}),
+        (400, "no file in its field", {"content": FIELD, "headers": FORM, "service": LARGE}),
+        (400, "Content-Length is no number", {"headers": PNG | {"Content-Length": "x"}}),
         (413, "more than the limit of 20000 bytes", {"content": b"x" * 20_001}),
         (413, "200 x 200 pixels, more than the limit of 10000", {"content": photo(200)}),
         (415, "Content-Type ''", {"headers": {}}),
@@ -138,6 +145,12 @@ def test_a_setting_that_does_not_fit_is_named(query, sentence):
 def test_a_setting_in_the_query_and_in_the_body_is_refused():
     answer = ask("POST", "/v1/predict?top=1", json={"image": base64.b64encode(PHOTO).decode(), "top": 2})
     assert (answer.status_code, "top was given in the query" in answer.json()["error"]) == (422, True)
+
+
+def test_a_setting_that_stands_twice_in_json_is_refused():
+    body = b'{"image": "%s", "budget": 0.25, "budget": 1}' % base64.b64encode(PHOTO)
+    answer = predict(content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, "given twice" in answer.json()["error"]) == (422, True)
 
 
 def test_a_body_without_a_length_is_cut_off_at_the_limit():
@@ -235,7 +248,7 @@ def test_an_answer_that_does_not_come_in_time_is_a_504():
     assert service.num_open == 0
 
 
-def test_a_deadline_counts_from_the_request_and_a_time_out_bounds_the_rest():
+def test_an_image_is_due_at_its_deadline_or_at_a_quarter_of_the_time_out():
     seen = []
     computer = make_computer()
 
@@ -244,52 +257,60 @@ def test_a_deadline_counts_from_the_request_and_a_time_out_bounds_the_rest():
         return computer([job])[0]
 
     service = make_service(computer, submit=submit)
-    for query in ("", "deadline_ms=200"):
+    for query in ("", "deadline_ms=200", "deadline_ms=4000"):
         ask("POST", f"/v1/predict?{query}", service, content=PHOTO, headers=PNG)
-    assert seen == [(None, pytest.approx(5.0)), (pytest.approx(0.2), pytest.approx(0.2))]
+    assert seen == [
+        (None, pytest.approx(1.25)),
+        (pytest.approx(0.2), pytest.approx(0.2)),
+        (pytest.approx(4.0), pytest.approx(1.25)),
+    ]
 
 
-def test_a_house_without_a_worker_is_not_ready():
+def test_a_house_without_a_worker_is_not_ready_and_one_that_gets_none_sends_away():
     service = make_service()
     service.is_ready = lambda: False
     assert ask("GET", "/health/ready", service).status_code == 503
     assert ask("GET", "/health/live", service).status_code == 200
+    assert ask("POST", "/v1/predict", service, content=PHOTO, headers=PNG).status_code == 200  # one is on its way
+    service.is_stuck = lambda: True
+    answer = ask("POST", "/v1/predict", service, content=PHOTO, headers=PNG)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
 
-# ---- what leaves the house
+def test_a_client_that_leaves_while_its_image_waits_gives_its_place_back():
+    cancelled, inside, leaves = [], asyncio.Event(), asyncio.Event()
 
-
-def test_a_bug_is_a_500_with_an_id_that_the_log_explains(caplog):
     async def submit(job, arrived_s: float, before_s: float):
-        raise KeyError("/secret/path")
+        inside.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(job)
+            raise
 
-    answer = ask("POST", "/v1/predict", make_service(submit=submit), content=PHOTO, headers=PNG)
-    assert answer.status_code == 500
-    assert "secret" not in answer.text and "Error" not in answer.text
-    number = answer.json()["error"].split()[-1].rstrip(".")
-    assert number in caplog.text
-    assert "/secret/path" in caplog.text
+    service = make_service(submit=submit)
+    messages = iter([{"type": "http.request", "body": PHOTO, "more_body": False}])
 
+    async def receive():
+        for message in messages:
+            return message
+        await leaves.wait()
+        return {"type": "http.disconnect"}
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("GET", "/v1/predict", 405)])
-def test_other_paths_and_methods_get_a_sentence(method, path, status):
-    answer = ask(method, path)
-    assert (answer.status_code, list(answer.json())) == (status, ["error"])
+    async def send(message):
+        pass
 
+    async def run():
+        scope = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": b"", "root_path": ""}
+        headers = [(b"content-type", b"image/png")]
+        answer = asyncio.ensure_future(build_app(service)(scope | {"headers": headers}, receive, send))
+        await inside.wait()
+        assert service.num_open == 1
+        leaves.set()
+        await asyncio.wait_for(answer, 2)
 
-@pytest.mark.parametrize("headers", [{"x-api-key": "right"}, {"Authorization": "Bearer right"}], ids=str)
-def test_the_right_key_opens(headers):
-    assert ask("GET", "/v1/model", key="right", headers=headers).status_code == 200
-
-
-@pytest.mark.parametrize(
-    "headers", [{}, {"x-api-key": "wrong"}, {"Authorization": "Bearer"}, {"Authorization": "Basic right"}], ids=str
-)
-def test_any_other_does_not(headers):
-    for method, path in (("GET", "/v1/model"), ("GET", "/metrics"), ("POST", "/v1/predict"), ("GET", "/nothing")):
-        answer = ask(method, path, key="right", headers=headers)
-        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
-    assert ask("GET", "/health/ready", key="right", headers=headers).status_code == 200
+    asyncio.run(run())
+    assert (len(cancelled), service.num_open) == (1, 0)
 
 
 def test_the_page_and_its_files_are_served_and_nothing_beside_them(tmp_path):

@@ -3,6 +3,7 @@
 import asyncio
 
 import numpy as np
+import pytest
 
 from iret.serve.asks import Ask
 from iret.serve.batcher import Batcher, Waiting
@@ -11,13 +12,13 @@ from iret.serve.computer import Job
 IMAGE = np.zeros((3, 4, 4), np.float32)
 
 
-def waiting(before_s: float, *, deadline: bool = False, arrived_s: float = 0.0, tries: int = 0) -> Waiting:
-    before_s = float(before_s)
-    return Waiting(Job(IMAGE, Ask(), before_s if deadline else None), before_s, arrived_s, tries=tries)
+def waiting(due_s: float, *, deadline: bool = False, arrived_s: float = 0.0, tries: int = 0) -> Waiting:
+    due_s = float(due_s)
+    return Waiting(Job(IMAGE, Ask(), due_s if deadline else None), due_s, arrived_s, tries=tries)
 
 
 def drain(*images, max_batch=4, wait_s=0.0) -> list[list[float]]:
-    """The batches that come out, each image as its `before_s`."""
+    """The batches that come out, each image as its `due_s`."""
 
     async def run():
         batcher = Batcher(max_batch, wait_s, clock=lambda: 0.0)
@@ -25,7 +26,7 @@ def drain(*images, max_batch=4, wait_s=0.0) -> list[list[float]]:
             batcher.put(each())
         batches = []
         while len(batcher):
-            batches.append([image.before_s for image in await batcher.take()])
+            batches.append([image.due_s for image in await batcher.take()])
         return batches
 
     return asyncio.run(run())
@@ -81,6 +82,47 @@ def test_those_whom_nobody_waits_for_are_passed_over():
     asyncio.run(run())
 
 
+def test_those_who_gave_up_do_not_pile_up_while_nobody_takes():
+    async def run():
+        batcher = Batcher(4, 0.0, clock=lambda: 0.0)
+        stays = waiting(99)
+        batcher.put(stays)
+        for place in range(200):
+            batcher.put(gone := waiting(place))
+            gone.done.cancel()
+            assert len(batcher) <= 8
+        assert await batcher.take() == [stays]
+
+    asyncio.run(run())
+
+
+def test_deadlines_without_end_do_not_keep_an_image_waiting_that_is_due():
+    async def run():
+        now = 0.0
+        batcher = Batcher(4, 0.0, clock=lambda: now)
+        batcher.put(ordinary := waiting(2.5))
+        for turn in range(1000):  # a new deadline each time that one was computed
+            now = 0.02 * turn
+            batcher.put(waiting(now + 0.01, deadline=True, arrived_s=now))
+            if ordinary in await batcher.take():
+                return now
+
+    assert asyncio.run(run()) == pytest.approx(2.5, abs=0.02)
+
+
+def test_batches_can_be_held_smaller_and_never_made_larger():
+    async def run():
+        batcher, sizes = Batcher(3, 0.0, clock=lambda: 0.0), []
+        for place in range(12):
+            batcher.put(waiting(place))
+        for most in (2, 9, 0):
+            batcher.hold_to(most)
+            sizes.append(len(await batcher.take()))
+        return sizes
+
+    assert asyncio.run(run()) == [2, 3, 1]
+
+
 def test_a_cancelled_taker_has_taken_nothing():
     async def run():
         batcher = Batcher(2, 9.0, clock=lambda: 0.0)
@@ -90,6 +132,6 @@ def test_a_cancelled_taker_has_taken_nothing():
         await asyncio.sleep(0)
         takers[0].cancel()
         batcher.put(waiting(2))
-        assert [image.before_s for image in await takers[1]] == [1, 2]
+        assert [image.due_s for image in await takers[1]] == [1, 2]
 
     asyncio.run(run())

@@ -14,6 +14,8 @@ from iret.serve.asks import Ask
 from iret.serve.computer import FORMATS, Computer, Job, Result, Supply, read_photo
 from iret.serve.refusal import Refusal
 
+OVERFLOW = "the model's numbers overflow on this image; send normalised pixels, or a photo."
+
 
 def job(image=None, deadline_s=None, **ask) -> Job:
     return Job(np.zeros((3, 16, 16), np.float32) if image is None else image, Ask(**ask), deadline_s)
@@ -58,7 +60,7 @@ def test_an_exit_confidence_is_one_image_s_and_the_others_keep_the_table_s():
     assert session.calls[1]["exits"] is None
 
 
-@pytest.mark.parametrize("bad", [float("nan"), 1000.0], ids=["refused", "failed"])
+@pytest.mark.parametrize("bad", [float("nan"), 1000.0], ids=["overflows", "failed"])
 def test_one_bad_image_does_not_cost_its_mates_their_answers(bad, caplog):
     images = [np.full((3, 16, 16), value, np.float32) for value in (0, bad, 1)]
     first, middle, last = Computer(PretendSession(), max_pixels=10_000)([job(image) for image in images])
@@ -67,8 +69,9 @@ def test_one_bad_image_does_not_cost_its_mates_their_answers(bad, caplog):
     if bad == 1000.0:
         assert (middle.status, "secret" in str(middle)) == (500, False)
         assert "/secret/path" in caplog.text
+        assert str(middle).split()[-1].rstrip(".") in caplog.text  # the id
     else:
-        assert (middle.status, str(middle)) == (422, "images hold NaN.")
+        assert (middle.status, str(middle)) == (422, OVERFLOW)
 
 
 def test_a_trace_says_what_was_looked_at():
@@ -112,6 +115,7 @@ def test_without_a_clock_a_battery_goes_by_estimated_joules():
     [
         (PretendSession(), {"budget": 0.1}, "below what this model can do, 0.250"),
         (PretendSession(), {"ms": 3.0}, "start `iret serve` with --measure"),
+        (PretendSession(None), {"budget": 0.5}, "this model has no operating points; give 1, or none"),
         (PretendSession(None), {"joules": 3.0}, "the clock of this machine was not measured"),
         (PretendSession(None), {"battery_percent": 3.0}, "needs operating points"),
         (PretendSession(is_single=True), {"exit_confidence": 0.5}, "a single graph"),
@@ -161,3 +165,13 @@ def test_what_is_no_photo_is_refused(content):
     with pytest.raises(Refusal) as caught:
         read_photo(content, 10_000)
     assert caught.value.status == 400
+
+
+def test_a_photo_for_which_there_is_no_memory_is_not_called_damaged(monkeypatch):
+    def fail(image):
+        raise MemoryError
+
+    monkeypatch.setattr("iret.serve.computer.open_image", fail)
+    with pytest.raises(Refusal, match="no memory left") as caught:
+        read_photo(photo(), 10_000)
+    assert caught.value.status == 503

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from iret.serve.asks import Ask
-from iret.serve.batcher import Batcher
+from iret.serve.batcher import Batcher, Waiting
 from iret.serve.computer import Job, Result
 from iret.serve.crew import TRIES, Crew
 from iret.serve.metrics import Metrics
 from iret.serve.refusal import Refusal
+from iret.serve.service import Limits, Service
 from iret.serve.worker import WorkerDied
 
 
@@ -30,7 +31,7 @@ class ThreadWorker:
     def hello(self) -> dict:
         return {"name": "thread"}
 
-    def call(self, jobs, seconds: float) -> list:
+    def call(self, jobs) -> list:
         self.calls.append(len(jobs))
         try:
             self.mood(jobs)
@@ -42,21 +43,25 @@ class ThreadWorker:
     def join(self) -> None:
         self.ended.wait()
 
+    def kill(self) -> None:
+        self.ended.set()
+
     def stop(self) -> None:
         self.ended.set()
 
 
-def play(scene, mood=lambda jobs: None, *, workers: int = 1, max_batch: int = 4):
+def play(scene, mood=lambda jobs: None, *, workers: int = 1, max_batch: int = 4, timeout_s: float = 5.0, start=None):
     """`await scene(crew, ask, started)` with a crew of such workers; `ask(value)` submits an image of that value."""
     started: list[ThreadWorker] = []
 
-    def start() -> ThreadWorker:
-        started.append(ThreadWorker(mood))
-        return started[-1]
+    def start_one() -> ThreadWorker:
+        worker = start(len(started)) if start else ThreadWorker(mood)
+        started.append(worker)
+        return worker
 
     async def run():
         metrics = Metrics()
-        crew = Crew(start, workers, Batcher(max_batch, 0.0), metrics, timeout_s=5.0)
+        crew = Crew(start_one, workers, Batcher(max_batch, 0.0), metrics, timeout_s=timeout_s)
         assert await crew.start() == {"name": "thread"}
         assert crew.is_ready
 
@@ -141,6 +146,155 @@ def test_a_worker_that_dies_while_it_has_nothing_to_do_is_replaced():
     answer, started = play(scene)
     assert answer == 7
     assert started[0].calls == []
+
+
+def refuse_once(error: Exception):
+    """Starts workers, but the second try raises."""
+    tries = iter([None, error])
+
+    def start(place: int) -> ThreadWorker:
+        if fault := next(tries, None):
+            raise fault
+        return ThreadWorker(lambda jobs: None)
+
+    return start
+
+
+def test_a_start_that_fails_is_tried_again_and_meanwhile_the_crew_is_stuck(caplog, monkeypatch):
+    monkeypatch.setattr("iret.serve.crew.PAUSES_S", (0.01, 0.01))
+
+    async def scene(crew, ask, started):
+        started[0].ended.set()
+        while not crew.is_stuck:
+            await asyncio.sleep(0)
+        answer = await ask(7)
+        return answer, crew.is_ready, crew.is_stuck
+
+    found, _ = play(scene, start=refuse_once(OSError(24, "Too many open files")))
+    assert found == (7, True, False)
+    assert "a worker did not come up: [Errno 24] Too many open files" in caplog.text
+
+
+def test_a_worker_that_comes_back_with_another_model_is_not_used(caplog, monkeypatch):
+    monkeypatch.setattr("iret.serve.crew.PAUSES_S", (0.01, 0.01))
+
+    class Other(ThreadWorker):
+        def hello(self) -> dict:
+            return super().hello() | {"labels": ["other"]}
+
+    async def scene(crew, ask, started):
+        started[0].ended.set()
+        while crew.is_ready:
+            await asyncio.sleep(0)
+        return await ask(7)
+
+    answer, started = play(scene, start=lambda place: (Other if place == 1 else ThreadWorker)(lambda jobs: None))
+    assert answer == 7
+    assert started[1].calls == [] and started[1].ended.is_set()
+    assert "the bundle holds another model now" in caplog.text
+
+
+def test_a_worker_that_hangs_is_killed_and_its_image_answered_by_the_next(caplog):
+    class Hangs(ThreadWorker):
+        def call(self, jobs) -> list:
+            self.ended.wait(5)  # until it is killed
+            raise WorkerDied
+
+    async def scene(crew, ask, started):
+        return await ask(7)
+
+    answer, _ = play(scene, timeout_s=0.05, start=lambda place: (ThreadWorker if place else Hangs)(lambda jobs: None))
+    assert answer == 7
+    assert "did not answer in 0.05 s and is killed" in caplog.text
+
+
+def test_a_drain_waits_for_the_worker_that_is_still_loading():
+    gate = threading.Event()
+
+    class Slow(ThreadWorker):
+        def hello(self) -> dict:
+            gate.wait(5)
+            return super().hello()
+
+    async def scene(crew, ask, started):
+        service = Service(crew.submit, {}, Limits(), Metrics())
+        started[0].ended.set()
+        while crew.is_ready:
+            await asyncio.sleep(0)
+
+        async def request() -> float:
+            with service.admit():
+                job = np.full((1, 1, 1), 7, np.float32), Ask()
+                [(result, _)] = await service.answer([job], time.monotonic())
+                return float(result.logits[0])
+
+        inside = asyncio.ensure_future(request())
+        while not service.num_open:
+            await asyncio.sleep(0)
+        drain = asyncio.ensure_future(service.drain())
+        await asyncio.sleep(0)
+        assert not drain.done()
+        gate.set()
+        await drain
+        return await inside
+
+    answer, _ = play(scene, start=lambda place: (Slow if place else ThreadWorker)(lambda jobs: None))
+    assert answer == 7
+
+
+@pytest.mark.parametrize("sentence", ["no such class to unpickle", "0 answers to 1 images"])
+def test_an_answer_that_is_none_ends_the_worker_and_not_the_crew(sentence, caplog):
+    class Mad(ThreadWorker):
+        def call(self, jobs) -> list:
+            if "unpickle" in sentence:
+                raise ModuleNotFoundError(sentence)
+            return []
+
+    async def scene(crew, ask, started):
+        return await ask(7)
+
+    answer, _ = play(scene, start=lambda place: (ThreadWorker if place else Mad)(lambda jobs: None))
+    assert answer == 7
+    assert sentence in caplog.text
+
+
+def test_a_bug_in_the_line_costs_no_place_in_the_crew(caplog, monkeypatch):
+    async def scene(crew, ask, started):
+        faults = iter([RuntimeError("a bug")])
+        hold_to = crew._batcher.hold_to
+
+        def fail_once(images: int) -> None:
+            for fault in faults:
+                raise fault
+            hold_to(images)
+
+        crew._batcher.hold_to = fail_once
+        lost = asyncio.ensure_future(ask(1))
+        while len(started) < 2 or not crew.is_ready:
+            await asyncio.sleep(0)
+        lost.cancel()
+        return await ask(7)
+
+    assert play(scene)[0] == 7
+    assert "a bug" in caplog.text
+
+
+def test_what_is_slow_is_computed_fewer_together():
+    """A quarter of the time-out for a batch: of images that take 0.6 s each, 4 in 2.5 s."""
+
+    async def run():
+        batcher, sizes = Batcher(16, 0.0), []
+        crew = Crew(lambda: ThreadWorker(lambda jobs: None), 1, batcher, Metrics(), timeout_s=10.0)
+        for _ in range(60):
+            now = time.monotonic()
+            batcher.put(Waiting(Job(np.zeros((1, 1, 1), np.float32), Ask()), now, now))
+        for _ in range(8):
+            sizes.append(len(await batcher.take()))
+            crew._learn(0.6 * sizes[-1], sizes[-1])
+        return sizes
+
+    sizes = asyncio.run(run())
+    assert (sizes[0], sizes[1], sizes[-1]) == (16, 8, 4)
 
 
 def test_workers_that_cannot_load_end_the_start_with_their_sentence():

@@ -9,6 +9,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from iret.arguments import build_parser
+from iret.serve.guard import KEY
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KSERVE = json.loads((Path(__file__).parent / "kserve_inferenceservice.json").read_text())
@@ -59,3 +60,24 @@ def test_a_pod_has_longer_to_end_than_a_request_may_take():
     args = build_parser().parse_args([*container["command"][1:], *container["args"]])
     pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pod["terminationGracePeriodSeconds"] > pause + args.timeout_s
+
+
+@pytest.mark.parametrize(
+    "container",
+    [KUBERNETES[0]["spec"]["template"]["spec"]["containers"][0], SERVICE["spec"]["predictor"]["containers"][0]],
+    ids=["kubernetes", "kserve"],
+)
+def test_what_a_full_house_may_take_fits_into_the_pod_and_a_key_is_asked_for(container):
+    args = build_parser().parse_args([*container["command"][1:], *container["args"]])
+    bodies = 3 * args.queue * 1e6 * args.max_body_mb
+    photos = args.workers * 16 * args.max_pixels
+    limit = int(container["resources"]["limits"]["memory"].removesuffix("Gi")) * 2**30
+    assert bodies + photos < 0.6 * limit  # the rest: Python, the engine and the model, three times
+    assert args.api_key == "env"
+    assert [each["name"] for each in container["env"]] == [KEY]
+
+
+def test_kserve_waits_longer_than_the_service_does():
+    container = SERVICE["spec"]["predictor"]["containers"][0]
+    args = build_parser().parse_args([*container["command"][1:], *container["args"]])
+    assert SERVICE["spec"]["predictor"]["timeout"] > args.timeout_s

@@ -1,4 +1,4 @@
-"""The OpenAPI document describes what is really answered and really refused. schemathesis: tests/serve/test_soak_serve.py."""
+"""The OpenAPI document describes what is really answered and really refused. schemathesis: tests/serve/test_serve_soak.py."""
 
 import base64
 import sys
@@ -26,6 +26,8 @@ CASES = [
     ("GET", "/v2/models/pretend", {}),
     ("GET", "/v2/models/pretend/ready", {}),
     ("GET", "/v2/models/other", {}),
+    ("GET", "/v2/models/pretend/versions/1", {}),
+    ("GET", "/v2/models/pretend/versions/1/ready", {}),
     ("POST", "/v1/predict?trace=true", {"content": photo(), "headers": PNG}),
     ("POST", "/v1/predict?deadline_ms=1&trace=true", {"content": photo(), "headers": PNG}),
     ("POST", "/v1/predict", {"content": b"x", "headers": PNG}),
@@ -53,6 +55,7 @@ def test_every_answer_is_one_that_the_document_describes():
             path.partition("?")[0]
             .replace("/models/pretend", "/models/{name}")
             .replace("/models/other", "/models/{name}")
+            .replace("/versions/1", "/versions/{version}")
         )
         described = document["paths"][route][method.lower()]["responses"][str(answer.status_code)]
         schema = described["content"]["application/json"]["schema"]

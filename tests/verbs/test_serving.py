@@ -7,7 +7,7 @@ import pytest
 
 from iret.cli import main
 from iret.serve import server
-from iret.verbs import serving
+from iret.serve.guard import KEY
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def started(monkeypatch):
             pass
 
     monkeypatch.setattr("iret.runtime.bundle.Bundle.read", lambda folder: Whole())
-    monkeypatch.setattr(server, "run", lambda start, options, say: calls.append((start, options)))
+    monkeypatch.setattr(server, "run", lambda start, options, say: calls.append((start, options)) or 0)
     return calls
 
 
@@ -48,10 +48,10 @@ def test_workers_share_the_cores_unless_they_are_counted(started, monkeypatch):
 
 
 def test_a_key_can_come_from_the_environment(started, monkeypatch, capsys):
-    monkeypatch.setenv(serving.KEY, "hidden")
+    monkeypatch.setenv(KEY, "hidden")
     assert main(["serve", "bundle", "--api-key", "env"]) == 0
     assert started[0][1].api_key == "hidden"
-    monkeypatch.delenv(serving.KEY)
+    monkeypatch.delenv(KEY)
     assert main(["serve", "bundle", "--api-key", "env"]) == 2
     assert "set it in IRET_API_KEY" in capsys.readouterr().err
 
@@ -59,8 +59,8 @@ def test_a_key_can_come_from_the_environment(started, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--queue 0", "queue=0 must be above 0"),
-        ("--timeout-s 0", "timeout_s=0.0 must be above 0"),
+        ("--queue 0", "--queue 0 must be above 0 and finite"),
+        ("--timeout-s inf", "--timeout-s inf must be above 0 and finite"),
         ("--threads 0", "--threads 0 must be above 0"),
         ("--rate -1", "--rate -1 must be above 0"),
         ("--workers 0", "--workers 0 must be 1 or more"),
@@ -72,6 +72,11 @@ def test_what_is_out_of_range_is_named_before_anything_starts(started, capsys, w
     assert main(["serve", "bundle", *words.split()]) == 2
     assert sentence in capsys.readouterr().err
     assert started == []
+
+
+def test_images_left_unanswered_are_told_to_the_shell(started, monkeypatch):
+    monkeypatch.setattr(server, "run", lambda start, options, say: 3)
+    assert main(["serve", "bundle"]) == 1
 
 
 def test_a_folder_that_is_no_bundle_is_one_sentence(tmp_path, capsys):

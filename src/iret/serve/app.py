@@ -1,9 +1,12 @@
 """The routes: predictions, the model, health, metrics, the Open Inference Protocol, and the page."""
 
+import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, Router
@@ -13,7 +16,8 @@ from starlette.types import ASGIApp
 import iret
 from iret.serve import bodies, inference_protocol
 from iret.serve.answers import write_answer
-from iret.serve.computer import SOURCES
+from iret.serve.asks import Ask
+from iret.serve.computer import SOURCES, Result
 from iret.serve.guard import Guard
 from iret.serve.metrics import TEXT
 from iret.serve.openapi import write_openapi
@@ -22,7 +26,9 @@ from iret.serve.service import Service
 
 PAGE = Path(__file__).parent / "page"
 PHOTOS = Path(iret.__file__).parent / "photos"
+MODELS = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
 PUBLIC = ("/health/", "/v2/health/", "/page/")
+FRESH = {"Cache-Control": "no-cache"}  # asked for again: after an upgrade a browser mixes no two versions
 
 
 def build_app(service: Service, api_key: str | None = None, page: Path = PAGE) -> ASGIApp:
@@ -38,21 +44,31 @@ def build_app(service: Service, api_key: str | None = None, page: Path = PAGE) -
         Route("/v2", handlers.server),
         Route("/v2/health/live", handlers.live),
         Route("/v2/health/ready", handlers.ready),
-        Route("/v2/models/{name}", handlers.tensors),
-        Route("/v2/models/{name}/ready", handlers.ready_model),
-        Route("/v2/models/{name}/infer", handlers.infer, methods=["POST"]),
     ]
+    for model in MODELS:
+        routes += [
+            Route(model, handlers.tensors),
+            Route(f"{model}/ready", handlers.ready_model),
+            Route(f"{model}/infer", handlers.infer, methods=["POST"]),
+        ]
     if (page / "index.html").is_file():
         examples = StaticFiles(directory=PHOTOS)
         routes += [
             Route("/", handlers.index),
             Mount("/page/photos", examples),
-            Mount("/page", StaticFiles(directory=page)),
+            Mount("/page", FreshFiles(directory=page)),
         ]
     router = Router(routes, redirect_slashes=False)
     return Guard(
         router, service.metrics, api_key, is_public=lambda path: path == "/" or path.startswith(PUBLIC)
     )  # fmt: skip
+
+
+class FreshFiles(StaticFiles):
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers.update(FRESH)
+        return response
 
 
 class Handlers:
@@ -76,9 +92,9 @@ class Handlers:
         arrived_s = time.monotonic()
         service = self._service
         with service.admit():
-            body = await bodies.read_body(request, service.limits)
-            image, ask = await bodies.read_prediction(request, body)
-            [(result, queue_s)] = await service.answer([(image, ask)], arrived_s)
+            # No name for the body: it would be held, beside the image in it, until the answer.
+            image, ask = await bodies.read_prediction(request, await bodies.read_body(request, service.limits))
+            [(result, queue_s)] = await self._answer(request, [(image, ask)], arrived_s)
             return JSONResponse(
                 write_answer(
                     self._model,
@@ -97,7 +113,8 @@ class Handlers:
         return JSONResponse({"live": True})
 
     async def ready(self, request: Request) -> Response:
-        return _ready(self._service, {"ready": True})
+        self._service.check_ready()
+        return JSONResponse({"ready": True})
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._service.metrics.text(), headers={"Content-Type": TEXT})
@@ -106,7 +123,8 @@ class Handlers:
         return JSONResponse(write_openapi(self._model))
 
     async def index(self, request: Request) -> Response:
-        return FileResponse(self._page / "index.html")
+        headers = FRESH | {"Content-Security-Policy": "frame-ancestors 'self'"}
+        return FileResponse(self._page / "index.html", headers=headers)
 
     # ---- the Open Inference Protocol
 
@@ -114,34 +132,52 @@ class Handlers:
         return JSONResponse({"name": "iret", "version": iret.__version__, "extensions": []})
 
     async def tensors(self, request: Request) -> Response:
-        self._check_name(request)
+        self._check_model(request)
         return JSONResponse(inference_protocol.describe_tensors(self._model))
 
     async def ready_model(self, request: Request) -> Response:
-        self._check_name(request)
-        return _ready(self._service, {"name": self._model["name"], "ready": True})
+        self._check_model(request)
+        self._service.check_ready()
+        return JSONResponse({"name": self._model["name"], "ready": True})
 
     async def infer(self, request: Request) -> Response:
         arrived_s = time.monotonic()
         service = self._service
-        self._check_name(request)
+        self._check_model(request)
         bodies.check_json(request)
         with service.admit() as places:
             raw = bodies.read_object(await bodies.read_body(request, service.limits))
             places.take(inference_protocol.count_images(raw))
-            found = await service.answer(inference_protocol.read_inputs(raw, self._model), arrived_s)
-            return JSONResponse(
-                inference_protocol.write_outputs(raw, self._model, [result for result, _ in found])
-            )  # fmt: skip
+            asked = inference_protocol.read_inference(raw, self._model)
+            del raw  # lists and texts many times as large as the arrays made of them
+            found = await self._answer(request, asked.images, arrived_s)
+            return JSONResponse(inference_protocol.write_outputs(asked, self._model, [result for result, _ in found]))
 
-    def _check_name(self, request: Request) -> None:
-        if request.path_params["name"] != self._model["name"]:
-            raise Refusal(404, f"there is no such model; the one served is {self._model['name']!r}.")
+    def _check_model(self, request: Request) -> None:
+        named, version = request.path_params["name"], request.path_params.get("version", inference_protocol.VERSION)
+        if (named, version) != (self._model["name"], inference_protocol.VERSION):
+            raise Refusal(404, f"there is no such model; {self._model['name']!r} is served, in version 1.")
+
+    # ---- both
+
+    async def _answer(
+        self, request: Request, images: Sequence[tuple[bytes | np.ndarray, Ask]], arrived_s: float
+    ) -> list[tuple[Result, float]]:
+        """`Service.answer`, given up when the client is gone: nobody is computed for, and a place becomes free."""
+        answer = asyncio.ensure_future(self._service.answer(images, arrived_s))
+        gone = asyncio.ensure_future(_until_gone(request))
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise Refusal(400, "the connection ended before the answer.")
+            return answer.result()
+        finally:
+            for task in (answer, gone):
+                task.cancel()
+            await asyncio.gather(answer, gone, return_exceptions=True)
 
 
-def _ready(service: Service, content: dict[str, Any]) -> Response:
-    if service.is_draining:
-        raise Refusal(503, "the server is shutting down; ask another one.", 1)
-    if not service.is_ready():
-        raise Refusal(503, "no worker is ready; one is being started.", 1)
-    return JSONResponse(content)
+async def _until_gone(request: Request) -> None:
+    """The body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -99,14 +99,14 @@ def make_ask(settings: Mapping[str, Any]) -> Ask:
 def _read_number(name: str, value: object, is_text: bool) -> float:
     number, allowed = _to_float(value, is_text), NUMBERS[name]
     if number is None or number not in allowed:
-        raise Refusal(422, f"{name}={_show(value)} is not a number in {allowed}: {allowed.what}.")
+        raise Refusal(422, f"{name}={show(value)} is not a number in {allowed}: {allowed.what}.")
     return number
 
 
 def _read_count(value: object, is_text: bool) -> int:
     number = _to_float(value, is_text)
     if number is None or number != int(number) or not 1 <= number <= MOST_LABELS:
-        raise Refusal(422, f"top={_show(value)} is not a whole number from 1 to {MOST_LABELS}.")
+        raise Refusal(422, f"top={show(value)} is not a whole number from 1 to {MOST_LABELS}.")
     return int(number)
 
 
@@ -115,7 +115,7 @@ def _read_flag(value: object, is_text: bool) -> bool:
         return value
     if is_text and value in ("true", "false"):
         return value == "true"
-    raise Refusal(422, f"trace={_show(value)} is neither true nor false.")
+    raise Refusal(422, f"trace={show(value)} is neither true nor false.")
 
 
 def _to_float(value: object, is_text: bool) -> float | None:
@@ -129,7 +129,7 @@ def _to_float(value: object, is_text: bool) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
     """Enough of it to be recognised."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -7,7 +7,8 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import AsyncGenerator
+import logging
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -19,15 +20,19 @@ from iret.serve.refusal import Refusal
 from iret.serve.service import Limits
 
 FORM_FIELDS = 16
+MOST_OBJECTS = 32  # in one JSON body: of small ones, a megabyte would become twenty
 RAW = "application/octet-stream"
+
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every damaged form, and clients make those
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
     """413 for more than the limit, by its length if it is stated and while it comes; 408 where it does not come."""
     stated = request.headers.get("content-length", "0")
-    too_large = Refusal(413, f"the body has more than the limit of {limits.body_bytes} bytes; send a smaller image.")
-    if not stated.isdecimal() or int(stated) > limits.body_bytes:
-        raise too_large
+    if not stated.isdecimal():
+        raise Refusal(400, "Content-Length is no number.")
+    if int(stated) > limits.body_bytes:
+        raise _too_large(limits)
     if request.headers.get("content-encoding", "identity") != "identity":
         raise Refusal(415, "compressed bodies are not read; send it without Content-Encoding.")
     chunks: list[bytes] = []
@@ -37,7 +42,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > limits.body_bytes:
-                    raise too_large
+                    raise _too_large(limits)
                 chunks.append(chunk)
     except TimeoutError as error:
         raise Refusal(408, f"the body did not come within {limits.timeout_s:g} s.") from error
@@ -71,9 +76,11 @@ async def read_prediction(request: Request, body: bytes) -> tuple[bytes, Ask]:
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """400 for what is not one JSON object."""
+    """400 for what is not one JSON object; 422 for a member given twice, and for too many objects within."""
     try:
-        raw = json.loads(body)
+        raw = json.loads(body, object_pairs_hook=_counted())
+    except Refusal:
+        raise
     except (ValueError, RecursionError) as error:
         raise Refusal(400, "the body is not valid JSON.") from error
     if not isinstance(raw, dict):
@@ -102,6 +109,24 @@ def _kind(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
+def _too_large(limits: Limits) -> Refusal:
+    return Refusal(413, f"the body has more than the limit of {limits.body_bytes} bytes; send a smaller image.")
+
+
+def _counted() -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """`_once` for the objects of one body, as long as they are few."""
+    count = 0
+
+    def make(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal count
+        count += 1
+        if count > MOST_OBJECTS:
+            raise Refusal(422, f"the body holds more than {MOST_OBJECTS} JSON objects; send no more than is asked for.")
+        return _once(items)
+
+    return make
+
+
 def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(items)
     if len(fields) < len(items):
@@ -115,7 +140,7 @@ async def _read_form(request: Request, body: bytes) -> dict[str, Any]:
     async def whole() -> AsyncGenerator[bytes, None]:
         yield body
 
-    parser = MultiPartParser(request.headers, whole(), max_files=1, max_fields=FORM_FIELDS)
+    parser = MultiPartParser(request.headers, whole(), max_files=1, max_fields=FORM_FIELDS, max_part_size=len(body) + 1)
     parser.spool_max_size = len(body) + 1
     try:
         form = await parser.parse()

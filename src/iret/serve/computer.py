@@ -7,6 +7,7 @@ are answered.
 import io
 import logging
 import math
+import secrets
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -166,12 +167,13 @@ class Computer:
         if ask.battery_percent is not None:
             return self._by_battery(ask.battery_percent, HOURS if ask.hours_left is None else ask.hours_left)
         if ask.budget is not None:
+            if session.points is None and ask.budget < 1:
+                raise Refusal(422, f"budget={ask.budget:g}: this model has no operating points; give 1, or none.")
             cheapest = 0.0 if session.points is None else session.points.cheapest_budget
             if ask.budget < cheapest:
                 raise Refusal(
                     422, f"budget={ask.budget:g} is below what this model can do, {cheapest:.3f}; ask for more."
                 )
-            session.setting(ask.budget)  # refuses one where there is no table
         return ask.budget
 
     def _priced(self, ask: Ask) -> float:
@@ -212,9 +214,10 @@ class Computer:
             if len(ready) > 1:
                 alone = [self._run({place: image}, jobs) for place, image in ready.items()]
                 return {place: result for each in alone for place, result in each.items()}
-            if not isinstance(error, ValueError):
-                log.exception("the model failed on an image")
-            return dict.fromkeys(ready, as_refusal(error))
+            number = secrets.token_hex(4)  # settings and image were looked at before, so it is a bug, ValueError or not
+            log.error("error %s", number, exc_info=error)
+            sentence = f"the model failed on this image; the server's log says why under {number}."
+            return dict.fromkeys(ready, Refusal(500, sentence))
 
     def _run_together(
         self, ready: dict[int, tuple[np.ndarray, float | None]], jobs: Sequence[Job]
@@ -246,7 +249,9 @@ class Computer:
         chosen = [theirs if theirs is not None else ours for theirs, ours in zip(asked, own, strict=True)]
         return np.array([math.inf if each is None else each for each in chosen])
 
-    def _result(self, out: Any, row: int, budget: float | None, *, with_trace: bool) -> Result:
+    def _result(self, out: Any, row: int, budget: float | None, *, with_trace: bool) -> Result | Refusal:
+        if not np.isfinite(out.logits[row]).all():
+            return Refusal(422, "the model's numbers overflow on this image; send normalised pixels, or a photo.")
         trace = out.trace
         kept, refined = trace.kept[:, row], trace.refined[:, row]
         stages_run = int(trace.exit_stage[row]) + 1
@@ -322,6 +327,8 @@ def read_photo(content: bytes, max_pixels: int) -> Image.Image:
                 return open_image(image)
     except Refusal:
         raise
+    except MemoryError as error:
+        raise Refusal(503, "there is no memory left to read this image; send a smaller one.", 1) from error
     except Image.DecompressionBombError as error:
         raise Refusal(413, f"the image has more pixels than the limit of {max_pixels}; resize it first.") from error
     except ValueError as error:  # it was opened, and is damaged
@@ -330,10 +337,6 @@ def read_photo(content: bytes, max_pixels: int) -> Image.Image:
         raise Refusal(400, f"the image cannot be read; send one of {', '.join(FORMATS)}.") from error
 
 
-def as_refusal(error: Exception) -> Refusal:
-    """A user's mistake in its own sentence, all else without a word of ours."""
-    if isinstance(error, Refusal):
-        return error
-    if isinstance(error, ValueError):
-        return Refusal(422, str(error))
-    return Refusal(500, "the model failed on this image; the server's log says why.")
+def as_refusal(error: ValueError) -> Refusal:
+    """A user's mistake in its own sentence."""
+    return error if isinstance(error, Refusal) else Refusal(422, str(error))

@@ -5,6 +5,7 @@ The routes below raise `Refusal`; whatever else they raise becomes a 500 with an
 
 import hmac
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from iret.serve.metrics import Metrics
 from iret.serve.refusal import Refusal
 
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+
+KEY = "IRET_API_KEY"  # environment variable that --api-key env reads
 
 log = logging.getLogger("iret.serve")
 
@@ -61,7 +64,8 @@ class Guard:
             self._metrics.request_s.labels(route).observe(time.monotonic() - began)
 
     def _check_key(self, scope: Scope) -> None:
-        if self._key is None or self._is_public(scope["path"]):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # which the routes do not look at either
+        if self._key is None or self._is_public(path):
             return
         headers = dict(scope["headers"])
         given = headers.get(b"x-api-key", b"")
@@ -70,6 +74,20 @@ class Guard:
             given = token.strip()
         if not hmac.compare_digest(given, self._key):
             raise Refusal(401, "the key is missing or wrong; send it as Authorization: Bearer KEY, or as x-api-key.")
+
+
+def read_key(word: str | None) -> str | None:
+    """The key that clients must show, "env" being the environment's; None: none.
+
+    Raises:
+        ValueError: a key that a header cannot hold.
+    """
+    key = os.environ.get(KEY, "") if word == "env" else word
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError(
+            f"the API key of --api-key is empty or holds a space or an unusual sign; set it in {KEY} and pass --api-key env."
+        )
+    return key
 
 
 def _refuse(error: Exception) -> JSONResponse:

@@ -18,7 +18,7 @@ class Metrics:
             "iret_request_seconds", "From the request to its answer", ("route",), buckets=SECONDS, registry=own
         )
         self.queue_s = Histogram(
-            "iret_queue_seconds", "From an image's request to its batch", buckets=SECONDS, registry=own
+            "iret_queue_seconds", "What an image waited for a worker", buckets=SECONDS, registry=own
         )
         self.batch = Histogram(
             "iret_batch_images", "Images computed together", buckets=(1, 2, 4, 8, 16, 32, 64), registry=own
@@ -34,8 +34,9 @@ class Metrics:
             "iret_worker_restarts", "Workers that were started in place of one that ended", registry=own
         )
 
-    def note(self, result: Result) -> None:
+    def note(self, result: Result, queue_s: float) -> None:
         """One image was answered."""
+        self.queue_s.observe(queue_s)
         self.images.labels(result.exit_stage).inc()
         for stage, tokens in enumerate(result.tokens):
             self.tokens.labels(stage).inc(tokens)

@@ -4,7 +4,7 @@ from typing import Any
 
 import iret
 from iret.serve.asks import MOST_LABELS, NUMBERS
-from iret.serve.inference_protocol import OUTPUTS
+from iret.serve.inference_protocol import LARGEST, MOST_SIGNS, OUTPUTS, VERSION
 
 JSON = "application/json"
 ERRORS = {
@@ -18,7 +18,7 @@ ERRORS = {
     422: "A setting of another kind or out of its range; the sentence names it",
     429: "The house is full; Retry-After says when to try again, in seconds",
     500: "The server failed, or the image ended several workers",
-    503: "The server is shutting down, or no worker is ready",
+    503: "The server is shutting down, no worker is ready, or there is no memory left",
     504: "No answer in time",
 }
 PHOTO = (  # one green pixel
@@ -53,7 +53,7 @@ def write_openapi(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _own_paths(model: dict[str, Any]) -> dict[str, Any]:
-    settings = _settings(model)
+    settings = _settings()
     form = {
         "type": "object",
         "required": ["image"],
@@ -115,11 +115,9 @@ def _own_paths(model: dict[str, Any]) -> dict[str, Any]:
 
 def _protocol_paths(model: dict[str, Any]) -> dict[str, Any]:
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": [model["name"]]}}
-    named = {"parameters": [name]}
+    version = {"name": "version", "in": "path", "required": True, "schema": {"type": "string", "enum": [VERSION]}}
     infer = {
-        "operationId": "infer",
         "summary": "Logits of a batch, each image at its own budget",
-        **named,
         "requestBody": {
             "required": True,
             "content": {
@@ -136,11 +134,20 @@ def _protocol_paths(model: dict[str, Any]) -> dict[str, Any]:
         "/v2": {"get": _get("server", "The server", "Server", 401)},
         "/v2/health/live": {"get": _get("live_v2", "Whether the process is alive", "Live") | health},
         "/v2/health/ready": {"get": _get("ready_v2", "Whether to send requests here", "Ready", 503) | health},
-        "/v2/models/{name}": {"get": _get("tensors", "Inputs and outputs", "Tensors", 401, 404) | named},
-        "/v2/models/{name}/ready": {
-            "get": _get("ready_model", "Whether the model is ready", "ModelReady", 401, 404, 503) | named
-        },
-        "/v2/models/{name}/infer": {"post": infer},
+        **_model_paths("/v2/models/{name}", infer, "", [name]),
+        **_model_paths("/v2/models/{name}/versions/{version}", infer, "_version", [name, version]),
+    }
+
+
+def _model_paths(path: str, infer: dict[str, Any], suffix: str, named: list[dict[str, Any]]) -> dict[str, Any]:
+    """What there is of a model, and of a version of it."""
+    tensors = _get(f"tensors{suffix}", "Inputs and outputs", "Tensors", 401, 404)
+    ready = _get(f"ready_model{suffix}", "Whether the model is ready", "ModelReady", 401, 404, 503)
+    parameters = {"parameters": named}
+    return {
+        path: {"get": tensors | parameters},
+        f"{path}/ready": {"get": ready | parameters},
+        f"{path}/infer": {"post": infer | {"operationId": f"infer{suffix}"} | parameters},
     }
 
 
@@ -176,7 +183,7 @@ def _errors(*statuses: int) -> dict[str, Any]:
 # ---- schemas
 
 
-def _settings(model: dict[str, Any]) -> dict[str, Any]:
+def _settings() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, allowed in NUMBERS.items():
         low = {"minimum" if allowed.has_low else "exclusiveMinimum": allowed.low}
@@ -261,7 +268,7 @@ def _schemas(model: dict[str, Any]) -> dict[str, Any]:
 def _protocol_schemas(model: dict[str, Any]) -> dict[str, Any]:
     text = {"type": "string"}
     size = {"type": "integer", "minimum": 1, "maximum": model["limits"]["queue"]}
-    settings = {name: schema for name, schema in _settings(model).items() if name in NUMBERS}
+    settings = {name: schema for name, schema in _settings().items() if name in NUMBERS}
     budget = settings["budget"]
     settings["budget"] = {"anyOf": [budget, _list(budget)], "description": "one for all, or a list, one an image"}
     tensor = _object(name=text, datatype=text, shape=_list({"type": "integer"}))
@@ -278,7 +285,7 @@ def _protocol_schemas(model: dict[str, Any]) -> dict[str, Any]:
             "minItems": 4,
             "maxItems": 4,
         },
-        data={"type": "array", "description": "normalised pixels, flat or nested as shape says"},
+        data={"type": "array", "description": f"normalised pixels, at most {LARGEST:g}, flat or nested as shape says"},
     )
     photos = _open(
         name={"const": "image"},
@@ -292,11 +299,12 @@ def _protocol_schemas(model: dict[str, Any]) -> dict[str, Any]:
             "type": "object",
             "required": ["inputs"],
             "properties": {
-                "id": text,
-                "parameters": {"type": "object", "properties": settings, "additionalProperties": False},
+                "id": {"type": ["string", "null"], "maxLength": MOST_SIGNS, "description": "printable"},
+                "parameters": {"type": ["object", "null"], "properties": settings, "additionalProperties": False},
                 "inputs": _list({"anyOf": [floats, photos]}, 1),
-                "outputs": _list(_open(name={"enum": list(OUTPUTS)})),
+                "outputs": _list(_open(name={"enum": list(OUTPUTS)})) | {"type": ["array", "null"]},
             },
+            "additionalProperties": False,
         },
         "Inferred": _object(
             "model_name model_version outputs", model_name=text, model_version=text, id=text, outputs=_list(answered)

@@ -1,14 +1,17 @@
 """`iret serve`: the app under uvicorn in this process, the sessions in processes of their own; and how it all ends.
 
 The first SIGTERM or SIGINT drains: new requests get 503 and `/health/ready` says no, while everything accepted is answered;
-then the socket closes and the workers end. A second signal ends it at once.
+then the socket closes and the workers end. A second signal ends it at once. Before the workers are up nothing was accepted,
+and any signal is the end.
 """
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -16,11 +19,13 @@ from starlette.types import ASGIApp
 
 from iret.serve.app import build_app
 from iret.serve.batcher import Batcher
+from iret.serve.connection import Connection
 from iret.serve.crew import AnyWorker, Crew
 from iret.serve.metrics import Metrics
 from iret.serve.service import Limits, Service
 
 BACKLOG = 512  # connections that wait to be accepted
+FILES = 64  # open at a time that are no connections, at most: pipes of workers, and what is being served of the page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +56,15 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(start_worker: Callable[[], AnyWorker], options: Options, say: Callable[[str], None]) -> None:
-    """Serve until a signal says to end.
+def run(start_worker: Callable[[], AnyWorker], options: Options, say: Callable[[str], None]) -> int:
+    """Serve until a signal says to end; how many accepted images were left unanswered.
 
     Raises:
         ValueError: the address cannot be used, or the workers cannot load the bundle.
     """
     listener = _listen(options.host, options.port)
     try:
-        asyncio.run(_serve(start_worker, options, listener, say))
+        return asyncio.run(_serve(start_worker, options, listener, say))
     finally:
         listener.close()
 
@@ -76,7 +81,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 async def _serve(
     start_worker: Callable[[], AnyWorker], options: Options, listener: socket.socket, say: Callable[[str], None]
-) -> None:
+) -> int:
     metrics = Metrics()
     batcher = Batcher(options.max_batch, options.batch_wait_s)
     metrics.queue.set_function(lambda: len(batcher))
@@ -84,7 +89,7 @@ async def _serve(
     model = await crew.start()
     try:
         service = Service(crew.submit, model, options.limits, metrics)
-        service.is_ready = lambda: crew.is_ready
+        service.is_ready, service.is_stuck = lambda: crew.is_ready, lambda: crew.is_stuck
         address, port = listener.getsockname()[:2]
         say(
             f"{model['name']} on http://{f'[{address}]' if ':' in address else address}:{port}  {model['device']}, "
@@ -94,6 +99,18 @@ async def _serve(
     finally:
         await crew.stop()
     say("every accepted request was answered" if not service.num_open else f"{service.num_open} images left unanswered")
+    return service.num_open
+
+
+def _count_connections(queue: int) -> int:
+    """That may be open at a time: some for each image of the house, and fewer than files may be."""
+    wanted = 4 * queue + 64
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has neither this nor such a limit
+        return wanted
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if files == resource.RLIM_INFINITY else max(1, min(wanted, files - FILES))
 
 
 class _Server(uvicorn.Server):
@@ -103,6 +120,10 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                # A class, says its signature; what it does is call it.
+                http=partial(  # type: ignore[arg-type]
+                    Connection, patience_s=service.limits.timeout_s, most=_count_connections(service.limits.queue)
+                ),
                 lifespan="off",
                 loop="asyncio",
                 ws="none",
@@ -124,6 +145,7 @@ class _Server(uvicorn.Server):
             self._was_told = True
             self._loop.call_soon_threadsafe(self._drain)
         else:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # or each lost request is a traceback
             self.should_exit = self.force_exit = True
 
     def _drain(self) -> None:

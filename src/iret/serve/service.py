@@ -21,6 +21,9 @@ from iret.serve.refusal import Refusal
 
 Submit = Callable[[Job, float, float], Awaitable[Result]]
 TICK_S = 0.02
+PATIENCE = 0.25  # of the time-out: an image that has waited so long is as urgent as a deadline that is due
+SHUTTING_DOWN = "the server is shutting down; ask another one."
+NO_WORKER = "no worker is ready; one is being started."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("queue", "body_bytes", "max_pixels", "timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and finite.")
 
 
 class Places:
@@ -67,6 +70,7 @@ class Service:
         self._submit, self.model, self.limits, self.metrics = submit, model, limits, metrics
         self.is_draining = False
         self.is_ready: Callable[[], bool] = lambda: True
+        self.is_stuck: Callable[[], bool] = lambda: False  # no worker is ready, nor likely to be soon
         self.num_open = 0
         self._pace_s = 0.0  # between two answers of a busy house
         self._answered_s: float | None = None
@@ -76,16 +80,25 @@ class Service:
         """A place for one image, more by `Places.take`; given back at the end.
 
         Raises:
-            Refusal: 503 while draining, 429 if the house is full.
+            Refusal: 503 while draining or stuck, 429 if the house is full.
         """
         if self.is_draining:
-            raise Refusal(503, "the server is shutting down; ask another one.", 1)
+            raise Refusal(503, SHUTTING_DOWN, 1)
+        if self.is_stuck():
+            raise Refusal(503, NO_WORKER, 1)
         places = Places(self)
         places.take(1)
         try:
             yield places
         finally:
             places.leave()
+
+    def check_ready(self) -> None:
+        """Raises `Refusal`, 503, where requests should go elsewhere."""
+        if self.is_draining:
+            raise Refusal(503, SHUTTING_DOWN, 1)
+        if not self.is_ready():
+            raise Refusal(503, NO_WORKER, 1)
 
     async def answer(
         self, images: Sequence[tuple[bytes | np.ndarray, Ask]], arrived_s: float
@@ -97,7 +110,7 @@ class Service:
         """
         before_s = arrived_s + self.limits.timeout_s
         jobs = [Job(image, ask, _deadline(ask, arrived_s)) for image, ask in images]
-        tasks = [asyncio.ensure_future(self._one(job, arrived_s, before_s)) for job in jobs]
+        tasks = [asyncio.ensure_future(self._one(job, arrived_s)) for job in jobs]
         try:
             async with asyncio.timeout(before_s - time.monotonic()):
                 return list(await asyncio.gather(*tasks))
@@ -110,14 +123,15 @@ class Service:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(self, job: Job, arrived_s: float, before_s: float) -> tuple[Result, float]:
+    async def _one(self, job: Job, arrived_s: float) -> tuple[Result, float]:
         began = time.monotonic()
-        first = min(before_s, job.deadline_s or math.inf)
-        result = await self._submit(job, arrived_s, first)
+        due_s = min(job.deadline_s or math.inf, arrived_s + PATIENCE * self.limits.timeout_s)
+        result = await self._submit(job, arrived_s, due_s)
         ended = time.monotonic()
-        self.metrics.note(result)
+        queue_s = max(0.0, ended - began - result.busy_s)
+        self.metrics.note(result, queue_s)
         self._learn(ended)
-        return result, max(0.0, ended - began - result.busy_s)
+        return result, queue_s
 
     def _learn(self, now: float) -> None:
         if self._answered_s is not None and self.num_open > 1:

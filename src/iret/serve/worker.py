@@ -1,7 +1,7 @@
 """A session in a process of its own: what runs there, and the handle that the service holds.
 
-A hostile photo that takes a decoder down takes a worker down, and no more. Worker and service talk over a pipe; when the
-service is gone, the pipe ends, and so does the worker.
+A photo that takes a decoder down takes a worker down, and no more. It is no sandbox: worker and service talk over a pipe in
+pickles, so a decoder that is taken over could reach the service. When the service is gone, the pipe ends, and so does the worker.
 """
 
 import logging
@@ -16,14 +16,11 @@ from typing import Any
 from iret.serve.computer import Computer, Job, Result, Supply
 from iret.serve.refusal import Refusal
 
-START_S = 120.0  # a large bundle on a slow card
 STOP_S = 2.0
-
-log = logging.getLogger("iret.serve")
 
 
 class WorkerDied(Exception):
-    """The process is gone, or hung and was killed."""
+    """The process is gone."""
 
 
 def open_computer(
@@ -41,12 +38,13 @@ def work(pipe: Connection, make: Callable[[], Computer]) -> None:
         signal.signal(each, signal.SIG_IGN)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     try:
-        computer = make()
-        pipe.send(computer.describe())
-    except (ValueError, ImportError, OSError) as error:
-        pipe.send(str(error))
-        return
-    try:
+        try:
+            computer = make()
+            told = computer.describe()
+        except (ValueError, ImportError, OSError) as error:
+            pipe.send(str(error))
+            return
+        pipe.send(told)
         while True:
             pipe.send(computer(pipe.recv()))
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -54,7 +52,10 @@ def work(pipe: Connection, make: Callable[[], Computer]) -> None:
 
 
 class Worker:
-    """The process and our end of its pipe. Methods block; each but `join` and `stop` from one thread at a time."""
+    """The process and our end of its pipe. `hello` and `call` block without a limit, until it answers, ends or is killed.
+
+    They are for one thread at a time; `join`, `kill` and `stop` may be called beside them.
+    """
 
     def __init__(self, make: Callable[[], Computer]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -63,37 +64,28 @@ class Worker:
         self._process.start()
         theirs.close()  # or its end would not be seen
 
-    @property
-    def pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
-
     def hello(self) -> dict[str, Any]:
         """Waits until it is ready; what it serves.
 
         Raises:
             ValueError: it cannot load the bundle, in its own sentence.
-            WorkerDied: it ended, or was not ready in time.
+            WorkerDied: it ended.
         """
-        found = self._receive(START_S)
+        found = self._receive()
         if isinstance(found, str):
             raise ValueError(found)
         return found
 
-    def call(self, jobs: Sequence[Job], seconds: float) -> list[Result | Refusal]:
-        """Raises WorkerDied when it does before it has answered, or has not in so many seconds."""
+    def call(self, jobs: Sequence[Job]) -> list[Result | Refusal]:
+        """Raises WorkerDied when it does before it has answered."""
         try:
             self._pipe.send(list(jobs))
         except OSError as error:
             raise WorkerDied from error
-        return self._receive(seconds)
+        return self._receive()
 
-    def _receive(self, seconds: float) -> Any:
+    def _receive(self) -> Any:
         try:
-            if not self._pipe.poll(seconds):
-                log.error("a worker did not answer in %.0f s and is killed", seconds)
-                self._process.kill()
-                raise WorkerDied
             return self._pipe.recv()
         except (EOFError, OSError) as error:
             raise WorkerDied from error
@@ -101,6 +93,10 @@ class Worker:
     def join(self) -> None:
         """Waits until it has ended."""
         wait([self._process.sentinel])  # leaves the reaping to `stop`
+
+    def kill(self) -> None:
+        """Ends it by force, and whatever is sent to it or awaited from it."""
+        self._process.kill()
 
     def stop(self) -> None:
         """Ends it: by the end of the pipe, or by force."""

@@ -2,16 +2,14 @@
 
 import argparse
 import math
-import os
 from pathlib import Path
 
 from iret.verbs.console import say
 
-KEY = "IRET_API_KEY"  # environment variable that --api-key env reads
-
 
 def do_serve(args: argparse.Namespace) -> int:
     try:
+        from iret.serve.guard import read_key
         from iret.serve.server import Options, count_cores, run
         from iret.serve.service import Limits
     except ModuleNotFoundError as error:
@@ -22,13 +20,13 @@ def do_serve(args: argparse.Namespace) -> int:
     from iret.serve.computer import Supply
     from iret.serve.worker import starter
 
-    for name in ("threads", "rate", "battery_wh", "max_body_mb"):
+    for name in ("threads", "rate", "battery_wh", "queue", "max_body_mb", "max_pixels", "timeout_s"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value:g} must be above 0.")
+            raise ValueError(f"--{name.replace('_', '-')} {value:g} must be above 0 and finite.")
     limits = Limits(
         queue=args.queue,
-        body_bytes=round(1e6 * args.max_body_mb),
+        body_bytes=max(1, round(1e6 * args.max_body_mb)),
         max_pixels=args.max_pixels,
         timeout_s=args.timeout_s,
     )
@@ -39,7 +37,7 @@ def do_serve(args: argparse.Namespace) -> int:
         max_batch=args.max_batch,
         batch_wait_s=args.batch_wait_ms / 1e3,
         limits=limits,
-        api_key=_read_key(args.api_key),
+        api_key=read_key(args.api_key),
     )
     folder = Path(args.bundle)
     bundle = Bundle.read(folder)
@@ -47,18 +45,8 @@ def do_serve(args: argparse.Namespace) -> int:
     if args.measure:
         _measure(folder, args.engine, args.threads)
     supply = Supply(battery_wh=args.battery_wh, images_per_second=args.rate)
-    run(starter(folder, args.engine, args.threads, max_pixels=limits.max_pixels, supply=supply), options, say)
-    return 0
-
-
-def _read_key(word: str | None) -> str | None:
-    """The key that clients must show; None: none."""
-    key = os.environ.get(KEY, "") if word == "env" else word
-    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-        raise ValueError(
-            f"the API key of --api-key is empty or holds a space or an unusual sign; set it in {KEY} and pass --api-key env."
-        )
-    return key
+    start = starter(folder, args.engine, args.threads, max_pixels=limits.max_pixels, supply=supply)
+    return 0 if run(start, options, say) == 0 else 1
 
 
 def _measure(folder: Path, engine: str | None, threads: int) -> None:
