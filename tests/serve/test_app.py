@@ -116,7 +116,6 @@ def test_a_deadline_may_end_at_an_earlier_stage_and_the_trace_says_so():
         (415, "Content-Type 'text/plain'", {"headers": {"Content-Type": "text/plain; charset=x"}}),
         (415, "compressed bodies", {"headers": PNG | {"Content-Encoding": "gzip"}}),
     ],
-    ids=str,
 )
 def test_a_body_that_is_no_photo_is_refused(status, sentence, what):
     answer = predict(**what)

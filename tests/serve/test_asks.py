@@ -37,7 +37,6 @@ def test_an_empty_battery_is_a_setting_and_a_budget_of_nothing_is_none():
         ({"trace": 1}, False, "neither true nor false"),
         ({"bugdet": 0.4}, False, "'bugdet' is no setting; choose from budget"),
     ],
-    ids=str,
 )
 def test_a_bad_setting_is_named_with_its_value(raw, is_text, sentence):
     with pytest.raises(Refusal) as caught:

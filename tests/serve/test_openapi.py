@@ -103,7 +103,7 @@ def test_every_route_and_setting_is_described():
     Draft202012Validator.check_schema(document["components"]["schemas"]["Inference"])
 
 
-@pytest.mark.parametrize("budget", [0.4, [0.4, 0.5]], ids=str)
+@pytest.mark.parametrize("budget", [0.4, [0.4, 0.5]])
 def test_a_budget_of_the_protocol_is_a_number_or_a_list(budget):
     document = talk(lambda client: client.get("/openapi.json")).json()
     schema = {"$ref": "#/components/schemas/Inference", "components": document["components"]}
