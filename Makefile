@@ -15,7 +15,7 @@ SHELL := bash
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 # Two thread pools that spin at libgomp's barriers slow each other 10 to 30 times; here the parallel part is the tests.
-TEST_ENV := GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/tests$${PYTHONPATH:+:$$PYTHONPATH}"
+TEST_ENV := IRET_ALL_EXTRAS=1 GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/tests$${PYTHONPATH:+:$$PYTHONPATH}"
 PYTEST := $(TEST_ENV) $(VENV)/bin/python -m pytest
 HOOK := --jaxtyping-packages=iret,beartype.beartype
 WORKERS := -n logical --maxprocesses 4

@@ -90,6 +90,12 @@ def test_every_extra_of_the_package_has_a_purpose():
     assert set(metadata.metadata("iret").get_all("Provides-Extra")) == set(doctor.PURPOSES)
 
 
+@pytest.mark.skipif("IRET_ALL_EXTRAS" not in os.environ, reason="`make test` alone promises every extra")
+def test_no_test_of_make_test_skips_itself_for_want_of_a_library():
+    installed = {each.metadata["Name"].lower().replace("_", "-") for each in metadata.distributions()}
+    assert not {name.lower().replace("_", "-") for name in doctor.extras_needed()["all"]} - installed
+
+
 def test_an_extra_that_includes_another_needs_its_libraries_too(monkeypatch):
     requirements = [
         "numpy>=1.26",
