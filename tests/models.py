@@ -1,9 +1,16 @@
-"""The tiny model of several tests: traced in seconds, and its thresholds really cut."""
+"""What several tests share: a tiny model, traced in seconds, whose thresholds really cut; torch in an engine's place; a clock."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from iret.doctor import describe_device
+from iret.export.bundle import _jobs  # what is traced, without the tracing
 from iret.model import Iret
+from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum
 from iret.runtime.cost import Shape
+from iret.runtime.points import DeviceTable
 
 
 def make_model(seed: int = 0, *, is_haar: bool = False, **options) -> Iret:
@@ -20,3 +27,52 @@ def make_model(seed: int = 0, *, is_haar: bool = False, **options) -> Iret:
         elif parameter.dim() == 1 and not (is_haar and "lifting" in name):  # biases and norms, which start as 0 and 1
             parameter.data += 0.1 * torch.randn(parameter.shape)
     return model
+
+
+def write_bundle(model: Iret, folder: Path, *, buckets: tuple[int, ...] = (), single_graph: bool = False) -> Callable:
+    """A bundle of empty files in `folder`; what loads them in place of an engine: torch, on the graphs that would be exported."""
+    jobs = _jobs(model, "onnx", single_graph, buckets)
+    stages: dict[int, list[GraphFile]] = {}
+    folder.mkdir(exist_ok=True)
+    for job in jobs:
+        (folder / job.name).touch()
+        stages.setdefault(job.stage, []).append(GraphFile(job.name, job.tokens))
+    bundle = Bundle(
+        name=model.name,
+        kind="onnx",
+        is_single=single_graph,
+        precision="float32",
+        shape=model.shape,
+        preprocess=model.preprocessing,
+        labels=model.labels,
+        points=model.points,
+        stages=tuple(tuple(each) for each in stages.values()),
+        max_batch=1 if single_graph or buckets else None,
+        checksums={job.name: checksum(folder / job.name) for job in jobs},
+    )
+    (folder / FILE_NAME).write_text(bundle.to_json())
+    graphs = {job.name: job.graph for job in jobs}
+
+    def load(engine: str, path: Path, threads: int | None) -> Callable:
+        def run(inputs):
+            with torch.no_grad():
+                return [each.numpy() for each in graphs[path.name](*map(torch.from_numpy, inputs))]
+
+        return run
+
+    return load
+
+
+def made_up_clock() -> DeviceTable:
+    """Of three points on this machine's torch: 8, 4 and 2 ms."""
+    return DeviceTable(
+        device=describe_device(torch.device("cpu"), "float32"),
+        ms_mean=(8.0, 4.0, 2.0),
+        ms_p50=(8.0, 4.0, 2.0),
+        ms_p95=(9.0, 5.0, 3.0),
+        joules=(0.08, 0.04, 0.02),
+        energy_source="made up",
+        energy_scope="all of it",
+        energy_kind="estimated",
+        rounds=1,
+    )

@@ -14,9 +14,10 @@ from iret import calibrate, cli, clock
 from iret.doctor import describe_device
 from iret.model import Iret
 from iret.runtime.cost import full_macs
-from iret.runtime.points import DeviceTable, OperatingPoints, Point
+from iret.runtime.points import OperatingPoints, Point
 from iret.train import recipe as recipes
 from iret.verbs import console
+from models import made_up_clock
 
 VERBS = [
     "predict",
@@ -270,19 +271,7 @@ def test_the_clock_of_another_device_is_measured_without_data(tmp_path, capsys, 
 def with_clock(folder: Path) -> Iret:
     """The model of `make_model` with made-up columns of this device."""
     model = make_model(folder)
-    model.points = model.points.with_device(
-        DeviceTable(
-            device=describe_device(torch.device("cpu"), "float32"),
-            ms_mean=(8.0, 4.0, 2.0),
-            ms_p50=(8.0, 4.0, 2.0),
-            ms_p95=(9.0, 5.0, 3.0),
-            joules=(0.08, 0.04, 0.02),
-            energy_source="made up",
-            energy_scope="all of it",
-            energy_kind="estimated",
-            rounds=1,
-        )
-    )
+    model.points = model.points.with_device(made_up_clock())
     model.save_pretrained(folder)
     return model
 

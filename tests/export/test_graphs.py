@@ -10,10 +10,9 @@ import torch
 from iret.export.bundle import _jobs  # what is traced, without the tracing
 from iret.export.parity import TIE, Parity, compare
 from iret.model import Iret
-from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum
 from iret.runtime.cost import LIFTINGS
 from iret.runtime.session import Session
-from models import make_model
+from models import make_model, write_bundle
 
 
 def torch_session(
@@ -21,35 +20,7 @@ def torch_session(
 ) -> Session:
     """A session whose "engine" is torch on the graphs that would be exported."""
     model = copy.deepcopy(model)  # as a file would be
-    jobs = _jobs(model, "onnx", single_graph, buckets)
-    stages: dict[int, list[GraphFile]] = {}
-    folder.mkdir(exist_ok=True)
-    for job in jobs:
-        (folder / job.name).touch()
-        stages.setdefault(job.stage, []).append(GraphFile(job.name, job.tokens))
-    bundle = Bundle(
-        name=model.name,
-        kind="onnx",
-        is_single=single_graph,
-        precision="float32",
-        shape=model.shape,
-        preprocess=model.preprocessing,
-        labels=model.labels,
-        points=model.points,
-        stages=tuple(tuple(each) for each in stages.values()),
-        max_batch=1 if single_graph or buckets else None,
-        checksums={job.name: checksum(folder / job.name) for job in jobs},
-    )
-    (folder / FILE_NAME).write_text(bundle.to_json())
-    graphs = {job.name: job.graph for job in jobs}
-
-    def load(engine: str, path: Path, threads: int | None):
-        def run(inputs):
-            with torch.no_grad():
-                return [each.numpy() for each in graphs[path.name](*map(torch.from_numpy, inputs))]
-
-        return run
-
+    load = write_bundle(model, folder, buckets=buckets, single_graph=single_graph)
     return Session(folder, load=load, **options)
 
 

@@ -9,29 +9,21 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+import models
 from iret.export import int8
-from iret.export.bundle import _jobs, export
+from iret.export.bundle import export
 from iret.export.int8 import record_inputs
 from iret.export.targets import WRITERS
 from iret.model import Iret
-from iret.runtime.bundle import ENGINES, FILE_NAME, Bundle, GraphFile, checksum
-from iret.runtime.cost import Shape
+from iret.runtime.bundle import ENGINES
 from iret.runtime.engines import load_graph
 
 pytestmark = pytest.mark.graph  # the hook that checks shapes in signatures cannot be traced
 
 
 def make_model() -> Iret:
-    """12 patches of 8 x 8, two stages, 5 classes."""
-    shape = Shape(
-        img_size=(24, 32), patch_size=8, in_chans=3, num_classes=5, embed_dims=(64, 128), depths=(1, 1), head_dim=32
-    )
-    torch.manual_seed(0)
-    model = Iret(shape).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("qkv.weight") or "head" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    """Two stages of one block, mostly weights."""
+    return models.make_model(embed_dims=(64, 128), depths=(1, 1), head_dim=32)
 
 
 def make_images(batch: int) -> np.ndarray:
@@ -105,48 +97,8 @@ def check_onnx(path: Path) -> None:
 # ---- what is calibrated on
 
 
-def write_bundle(folder: Path, model: Iret, buckets=()) -> dict[str, object]:
-    """A bundle of empty files, and the graphs that stand for them."""
-    jobs = _jobs(model, "onnx", False, buckets)
-    stages: dict[int, list[GraphFile]] = {}
-    for job in jobs:
-        (folder / job.name).touch()
-        stages.setdefault(job.stage, []).append(GraphFile(job.name, job.tokens))
-    bundle = Bundle(
-        name=model.name,
-        kind="onnx",
-        is_single=False,
-        precision="float32",
-        shape=model.shape,
-        preprocess=model.preprocessing,
-        labels=None,
-        points=None,
-        stages=tuple(tuple(each) for each in stages.values()),
-        max_batch=1 if buckets else None,
-        checksums={job.name: checksum(folder / job.name) for job in jobs},
-    )
-    (folder / FILE_NAME).write_text(bundle.to_json())
-    return {job.name: job.graph for job in jobs}
-
-
-@pytest.fixture
-def run_torch(monkeypatch):
-    """Graphs by name, in place of an engine."""
-    graphs: dict[str, object] = {}
-
-    def load(engine, path, threads):
-        def run(inputs):
-            with torch.no_grad():
-                return [each.numpy() for each in graphs[path.name](*map(torch.from_numpy, inputs))]
-
-        return run
-
-    monkeypatch.setattr(int8, "load_graph", load)
-    return graphs
-
-
-def test_every_graph_is_calibrated_on_what_it_was_given_at_every_setting(tmp_path, run_torch):
-    run_torch.update(write_bundle(tmp_path, make_model()))
+def test_every_graph_is_calibrated_on_what_it_was_given_at_every_setting(tmp_path, monkeypatch):
+    monkeypatch.setattr(int8, "load_graph", models.write_bundle(make_model(), tmp_path))
     images = make_images(3)
     calls = record_inputs(tmp_path, images, [(0.0, None), (50.0, None)])
     assert {name: len(seen) for name, seen in calls.items()} == {"stage_0": 3, "stage_1": 6}  # the same at any setting
@@ -156,9 +108,9 @@ def test_every_graph_is_calibrated_on_what_it_was_given_at_every_setting(tmp_pat
     assert sorted({call[0].shape[1] for call in calls["stage_1"]}) == [5, 13]
 
 
-def test_a_graph_is_calibrated_on_so_many_calls_at_most_drawn_from_all(tmp_path, run_torch, monkeypatch):
+def test_a_graph_is_calibrated_on_so_many_calls_at_most_drawn_from_all(tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "MAX_CALLS", 8)
-    run_torch.update(write_bundle(tmp_path, make_model()))
+    monkeypatch.setattr(int8, "load_graph", models.write_bundle(make_model(), tmp_path))
     images = make_images(24)
     calls = record_inputs(tmp_path, images, [(0.0, None), (50.0, None)])
     assert [len(seen) for seen in calls.values()] == [8, 8]
@@ -168,8 +120,8 @@ def test_a_graph_is_calibrated_on_so_many_calls_at_most_drawn_from_all(tmp_path,
     assert {call[0].shape[1] for call in calls["stage_1"]} == {5, 13}
 
 
-def test_a_bucket_that_no_image_fills_is_named_with_the_way_out(tmp_path, run_torch):
-    run_torch.update(write_bundle(tmp_path, make_model(), buckets=(6,)))
+def test_a_bucket_that_no_image_fills_is_named_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(int8, "load_graph", models.write_bundle(make_model(), tmp_path, buckets=(6,)))
     with pytest.raises(ValueError, match=r"no image of --data ran stage_1_6.*give more, or leave that bucket out"):
         record_inputs(tmp_path, make_images(1), [(0.0, None)])
 

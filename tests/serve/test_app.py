@@ -179,15 +179,19 @@ def test_a_body_that_does_not_come_is_not_waited_for():
 # ---- the house
 
 
-def test_the_house_is_full_at_its_limit_and_not_before():
-    gate = asyncio.Event()
-    computer = make_computer()
+def make_gated() -> tuple[Service, asyncio.Event]:
+    """A service that answers nobody before the event is set."""
+    gate, computer = asyncio.Event(), make_computer()
 
     async def submit(job, arrived_s: float, before_s: float):
         await gate.wait()
         return computer([job])[0]
 
-    service = make_service(computer, submit=submit)
+    return make_service(computer, submit=submit), gate
+
+
+def test_the_house_is_full_at_its_limit_and_not_before():
+    service, gate = make_gated()
 
     async def scene(client):
         inside = [asyncio.ensure_future(client.post("/v1/predict", content=PHOTO, headers=PNG)) for _ in range(4)]
@@ -208,14 +212,7 @@ def test_the_house_is_full_at_its_limit_and_not_before():
 
 
 def test_a_draining_house_answers_those_inside_and_sends_others_away():
-    gate = asyncio.Event()
-    computer = make_computer()
-
-    async def submit(job, arrived_s: float, before_s: float):
-        await gate.wait()
-        return computer([job])[0]
-
-    service = make_service(computer, submit=submit)
+    service, gate = make_gated()
 
     async def scene(client):
         inside = asyncio.ensure_future(client.post("/v1/predict", content=PHOTO, headers=PNG))
@@ -325,6 +322,8 @@ def test_the_page_and_its_files_are_served_and_nothing_beside_them(tmp_path):
     index, script, outside, none = talk(scene, page=page, api_key="right")
     assert (index.text, script.status_code) == ("<p>page</p>", 200)
     assert "javascript" in script.headers["content-type"]
+    assert index.headers["cache-control"] == script.headers["cache-control"] == "no-cache"
+    assert index.headers["content-security-policy"] == "frame-ancestors 'self'"
     assert (outside.status_code, none.status_code, list(none.json())) == (404, 404, ["error"])
     assert talk(lambda client: client.get("/"), page=tmp_path).status_code == 404
 

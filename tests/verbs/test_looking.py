@@ -12,11 +12,11 @@ from PIL import Image
 
 import iret
 from iret import cli
-from iret.doctor import describe_device
 from iret.measure.battery import Battery
 from iret.pilot import Pilot
 from iret.runtime.cost import full_macs
-from iret.runtime.points import DeviceTable, OperatingPoints, Point
+from iret.runtime.points import OperatingPoints, Point
+from models import made_up_clock
 
 
 def with_sensors(monkeypatch, battery: Battery | None = None) -> None:
@@ -43,18 +43,9 @@ def photo(tmp_path, monkeypatch) -> str:
         )
         for share, keep, confidence in ((1.0, 0.0, None), (0.5, 1.0, 0.9), (0.25, 1.5, 0.8))
     )
-    clock = DeviceTable(
-        device=describe_device(torch.device("cpu"), "float32"),
-        ms_mean=(8.0, 4.0, 2.0),
-        ms_p50=(8.0, 4.0, 2.0),
-        ms_p95=(9.0, 5.0, 3.0),
-        joules=(0.08, 0.04, 0.02),
-        energy_source="made up",
-        energy_scope="all of it",
-        energy_kind="estimated",
-        rounds=1,
+    model.points = OperatingPoints(
+        data="made up", num_images=1, full_macs=full, points=points, devices=(made_up_clock(),)
     )
-    model.points = OperatingPoints(data="made up", num_images=1, full_macs=full, points=points, devices=(clock,))
     model.save_pretrained(Path("m"))
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save("p.png")
     return "p.png"

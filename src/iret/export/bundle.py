@@ -24,7 +24,7 @@ from iret.export.parity import Parity, check, settings
 from iret.export.points import points_of
 from iret.export.targets import WRITERS, Axes
 from iret.model import Iret
-from iret.runtime.bundle import ENGINES, FILE_NAME, Bundle, GraphFile, checksum
+from iret.runtime.bundle import ENGINES, FILE_NAME, Bundle, GraphFile, checksum, replace_folder
 
 MAX_BATCH = 8  # images a call of an ExecuTorch program, whose memory is planned ahead
 ANY_BATCH = 4096  # a bound that torch.export asks for; the file holds none
@@ -70,7 +70,8 @@ def export(
             say("recording what every graph is given")
             calls = record_inputs(scratch, images.numpy(), [each[1:] for each in settings(model, bundle)])
             bundle, parity = write(calls)
-        _move(scratch, out)
+        scratch.chmod(0o755)
+        replace_folder(scratch, out)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -229,19 +230,3 @@ def _single_graph(model: Iret) -> Traced:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, shape.in_chans, *shape.img_size, generator=generator)
     return SingleGraph(model), (images, torch.ones(len(model.transitions), 2)), None
-
-
-def _move(scratch: Path, out: Path) -> None:
-    """Put the finished folder in place; an older bundle is there until the new one is."""
-    scratch.chmod(0o755)
-    if not out.exists():
-        scratch.rename(out)
-        return
-    older = scratch.with_name(scratch.name + ".old")
-    out.rename(older)
-    try:
-        scratch.rename(out)
-    except BaseException:
-        older.rename(out)
-        raise
-    shutil.rmtree(older, ignore_errors=True)

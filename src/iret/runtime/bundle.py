@@ -7,6 +7,7 @@ checked when it was written, and a checksum of every file. NumPy and the standar
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,18 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_folder(new: Path, out: Path) -> None:
+    """`new`, finished and on the same disk, becomes `out`; an older `out` is there until then, and again if that fails."""
+    if not out.exists():
+        new.rename(out)
+        return
+    older = new.with_name(new.name + ".old")
+    out.rename(older)
+    try:
+        new.rename(out)
+    except BaseException:
+        older.rename(out)
+        raise
+    shutil.rmtree(older, ignore_errors=True)

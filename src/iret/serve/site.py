@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from iret.runtime.bundle import FILE_NAME, Bundle
+from iret.runtime.bundle import FILE_NAME, Bundle, replace_folder
 
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
@@ -102,21 +102,8 @@ def build_site(bundle: Path, out: Path, *, runtime: Path | None = None, photos: 
         _write_page(folder, examples)
         page, ort, model = (_size(folder / part) for part in ("page", "ort", "bundle"))
         sizes = Site(page + (folder / "index.html").stat().st_size, ort, model)
-        _replace(out, folder, Path(scratch) / "older")
+        replace_folder(folder, out)
     return sizes
-
-
-def _replace(out: Path, new: Path, older: Path) -> None:
-    """`new` becomes `out`; what was there becomes `older` and, where that fails, `out` again."""
-    if not out.exists():
-        new.rename(out)
-        return
-    out.rename(older)
-    try:
-        new.rename(out)
-    except BaseException:
-        older.rename(out)
-        raise
 
 
 def _size(folder: Path) -> int:
