@@ -185,4 +185,4 @@ def test_a_static_model_trained_beside_it_is_named(tmp_path):
     (tmp_path / card.STATIC_NAME).write_text(json.dumps(found))
     text = write(make_model(1.0, 0.5), tmp_path)
     assert "146.5 M MACs at any image (width 136, as many blocks)" in text
-    assert "124 minutes of an idle machine, which made 14,900 steps (20.1 epochs): 71.23%" in text
+    assert "own steps take there: 14,900 steps (20.1 epochs), 71.23%" in text

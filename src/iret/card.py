@@ -114,8 +114,8 @@ def _beside_static(folder: Path) -> list[list[str]]:
     found = json.loads((folder / STATIC_NAME).read_bytes())
     sentence = (
         f"A plain ViT of {found['macs'] / 1e6:.1f} M MACs at any image (width {found['embed_dim']}, as many blocks), "
-        f"trained with the same recipe on the same images for as long, {found['minutes']:.0f} minutes of an idle machine, "
-        f"which made {found['steps']:,} steps ({found['epochs']:.1f} epochs): {found['test_top1']:.2%} "
+        f"trained with the same recipe on the same images for {found['minutes']:.0f} minutes of an idle machine, about what this "
+        f"model's own steps take there: {found['steps']:,} steps ({found['epochs']:.1f} epochs), {found['test_top1']:.2%} "
         "(`benchmarks/static_vit.py`)."
     )
     return [["## Beside a model without a dial"], [sentence]]

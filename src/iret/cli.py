@@ -15,7 +15,7 @@ LONG_VERBS = ("train", "eval", "calibrate", "bench", "card", "demo")
 VERBS = {
     "predict": looking.do_predict,
     "train": learning.do_train,
-    "eval": learning.do_eval,
+    "eval": learning.do_evaluate,
     "calibrate": dial.do_calibrate,
     "bench": dial.do_bench,
     "simulate": dial.do_simulate,

@@ -58,7 +58,7 @@ def do_train(args: argparse.Namespace) -> int:
     return 0
 
 
-def do_eval(args: argparse.Namespace) -> int:
+def do_evaluate(args: argparse.Namespace) -> int:
     from iret.evaluate import evaluate
     from iret.precision import prepare
     from iret.runtime.cost import full_macs
