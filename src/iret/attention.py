@@ -56,9 +56,7 @@ def attend(
     if tokens is None:
         return _fused(q, k, v, None)
     if isinstance(tokens, Dense):
-        out = _fused(q, k, v, None if tokens.bias_BN is None else tokens.bias_BN[:, None, None])
-        # kernels lay out theirs differently, and a graph must not depend on which one traced it
-        return out.clone(memory_format=torch.contiguous_format)
+        return _written_out(q, k, v, tokens)
     bias_T = None if tokens.size_T is None else tokens.size_T.log().to(q.dtype)
     if tokens.is_even:
         q, k, v = (x.unflatten(0, (tokens.batch_size, -1)) for x in (q, k, v))
@@ -84,6 +82,17 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return out.transpose(1, 2)
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor, tokens: Dense) -> Tensor:
+    """The same in products and a softmax: exporters write the fused kernel in twice as many steps, as they keep every size open."""
+    return (_logits(q, k, tokens).softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+
+
+def _logits(q: Tensor, k: Tensor, tokens: Dense) -> Tensor:
+    """[B, H, Q, N]."""
+    logits = (q.transpose(1, 2) @ k.transpose(1, 2).mT) * q.shape[-1] ** -0.5
+    return logits if tokens.bias_BN is None else logits + tokens.bias_BN[:, None, None]
 
 
 # ---- the packed back ends, behind one custom operator: to the compiler a graph does not depend on the counts
@@ -186,10 +195,7 @@ def class_row(
 ) -> Float[Tensor, "*tokens"]:
     """Attention of each image's class token over its patches: mean over heads, sums to 1 an image, 0 at class tokens."""
     if isinstance(tokens, Dense):
-        logits_BHQN = (q[:, :1] * q.shape[-1] ** -0.5).transpose(1, 2) @ k[:, 1:].permute(0, 2, 3, 1)
-        if tokens.bias_BN is not None:
-            logits_BHQN = logits_BHQN + tokens.bias_BN[:, None, None, 1:]
-        return F.pad(logits_BHQN.softmax(-1).mean((1, 2)), (1, 0))
+        return F.pad(_logits(q[:, :1], k, tokens)[:, :, 0, 1:].softmax(-1).mean(1), (1, 0))
     if tokens.batch_size == 1 and tokens.size_T is None:  # the same in fewer steps, each of which costs at batch 1
         logits_HQN = torch.bmm((q[0] * q.shape[-1] ** -0.5).unsqueeze(1), k[1:].permute(1, 2, 0))
         return F.pad(logits_HQN.softmax(-1, dtype=torch.float32).mean((0, 1)), (1, 0))

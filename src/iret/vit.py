@@ -44,10 +44,10 @@ class Attention(nn.Module):
         """The update, and the evidence if an `importance` ("cls", "column") is asked for."""
         qkv = self.qkv(x)
         if isinstance(tokens, Dense):
-            qkv = qkv.reshape(tokens.batch_size, -1, 3, self.num_heads, x.shape[-1] // self.num_heads)
+            form = (tokens.batch_size, -1, self.num_heads, x.shape[-1] // self.num_heads)
+            q, k, v = (part.reshape(form) for part in qkv.chunk(3, dim=-1))
         else:
-            qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.unbind(-3)
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         update = self.function(q, k, v, tokens)
         out = self.proj(update.reshape(-1, x.shape[-1]) if isinstance(tokens, Dense) else update.flatten(-2))
         if importance is None or tokens is None:

@@ -11,7 +11,7 @@ Read first: `keep`, the rules.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -27,11 +27,15 @@ class Layout:
     images: np.ndarray  # int [B]: their numbers in the whole batch
     live_T: np.ndarray | None = None  # bool [T]: not masked, class tokens included; None: all
 
-    @classmethod
-    def whole(cls, batch: int, num_cells: int) -> "Layout":
+    @staticmethod
+    @lru_cache(maxsize=8)  # every run begins with it, most often for one image
+    def whole(batch: int, num_cells: int) -> "Layout":
         """Every patch of every image."""
         cell = np.tile(np.arange(-1, num_cells, dtype=np.int64), batch)
-        return cls(cell, np.arange(batch + 1) * (1 + num_cells), np.arange(batch))
+        layout = Layout(cell, np.arange(batch + 1) * (1 + num_cells), np.arange(batch))
+        for array in (layout.cell_T, layout.starts, layout.images):
+            array.flags.writeable = False
+        return layout
 
     @property
     def is_one(self) -> bool:

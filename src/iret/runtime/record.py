@@ -24,6 +24,13 @@ class Record:
         `refined_T`: tokens whose details entered here; None: those of every patch.
         """
         batch, alive = self.kept.shape[1], layout.images
+        self.stages_run = stage + 1
+        if batch == 1 and layout.live_T is None:  # the same in fewer steps: an engine waits for them
+            cells = layout.cell_T[1:]
+            self.kept[stage, 0, cells] = True
+            if stage:
+                self.refined[stage, 0, cells if refined_T is None else cells[refined_T[1:]]] = True
+            return
         is_live = layout.cell_T >= 0 if layout.live_T is None else (layout.cell_T >= 0) & layout.live_T
         if len(is_live) == self.kept[stage].size + batch and layout.live_T is None:
             self.kept[stage] = True
@@ -34,7 +41,6 @@ class Record:
         elif stage:
             is_refined = is_live & refined_T
             self.refined[stage, layout.image_T()[is_refined], layout.cell_T[is_refined]] = True
-        self.stages_run = stage + 1
         if len(alive) < batch:
             if self.exit_stage is None:
                 self.exit_stage = np.full(batch, stage - 1)

@@ -333,7 +333,7 @@ class Session:
         for index, stage in enumerate(self._stages):
             macs = stage.macs(layout)
             began = self._clock()
-            if index and began + speed * paces.predict(index, macs) > until:
+            if index and until < np.inf and began + speed * paces.predict(index, macs) > until:
                 paces.refuse(index)
                 break
             x_TD, received_T, logits = stage.run(images, x_TD, layout, refined_T)
