@@ -85,7 +85,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, tokens: Dense) -> Tensor:
-    """The same in products and a softmax: exporters write the fused kernel in twice as many steps, as they keep every size open."""
+    """The same in products and a softmax: exporters write the fused kernel in twice as many steps, every size left open."""
     return (_logits(q, k, tokens).softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
 
 
@@ -195,7 +195,7 @@ def class_row(
 ) -> Float[Tensor, "*tokens"]:
     """Attention of each image's class token over its patches: mean over heads, sums to 1 an image, 0 at class tokens."""
     if isinstance(tokens, Dense):
-        return F.pad(_logits(q[:, :1], k, tokens)[:, :, 0, 1:].softmax(-1).mean(1), (1, 0))
+        return F.pad(_logits(q[:, :1], k, tokens)[..., 1:].softmax(-1).mean((1, 2)), (1, 0))
     if tokens.batch_size == 1 and tokens.size_T is None:  # the same in fewer steps, each of which costs at batch 1
         logits_HQN = torch.bmm((q[0] * q.shape[-1] ** -0.5).unsqueeze(1), k[1:].permute(1, 2, 0))
         return F.pad(logits_HQN.softmax(-1, dtype=torch.float32).mean((0, 1)), (1, 0))

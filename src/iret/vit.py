@@ -44,8 +44,8 @@ class Attention(nn.Module):
         """The update, and the evidence if an `importance` ("cls", "column") is asked for."""
         qkv = self.qkv(x)
         if isinstance(tokens, Dense):
-            form = (tokens.batch_size, -1, self.num_heads, x.shape[-1] // self.num_heads)
-            q, k, v = (part.reshape(form) for part in qkv.chunk(3, dim=-1))
+            qkv = qkv.reshape(tokens.batch_size, -1, 3 * self.num_heads, x.shape[-1] // self.num_heads)
+            q, k, v = (qkv.narrow(2, part * self.num_heads, self.num_heads) for part in range(3))
         else:
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         update = self.function(q, k, v, tokens)

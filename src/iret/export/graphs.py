@@ -114,7 +114,7 @@ class LaterStage(StageGraph):
         cell: Int[Tensor, "B N"],
         pixels: Float[Tensor, "R C P P"],
         source: Int[Tensor, "B N"],
-        bias: Float[Tensor, "B N"],
+        bias: Float[Tensor, "B N"] | None = None,
     ) -> tuple[Tensor, ...]:
         return self.through(self.transit(x, cell, pixels, source), bias)
 

@@ -32,10 +32,7 @@ class Layout:
     def whole(batch: int, num_cells: int) -> "Layout":
         """Every patch of every image."""
         cell = np.tile(np.arange(-1, num_cells, dtype=np.int64), batch)
-        layout = Layout(cell, np.arange(batch + 1) * (1 + num_cells), np.arange(batch))
-        for array in (layout.cell_T, layout.starts, layout.images):
-            array.flags.writeable = False
-        return layout
+        return Layout(cell, np.arange(batch + 1) * (1 + num_cells), np.arange(batch))
 
     @property
     def is_one(self) -> bool:
