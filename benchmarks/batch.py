@@ -1,10 +1,10 @@
 """Does dropping save time in a batch of mixed counts? `iret_small`, batch 16, one thread, interleaved, raw samples kept.
 
 The counts are those of test images: what a calibrated model (`--counts`) keeps of them (`--data`) at the thresholds of its
-operating points, as shares of its grid: all images at one point, chosen for a MAC ratio, or every image at its own ("mixed"),
-as when the requests of a server bring their budgets. Three things run in turn: the whole model, the packed run (`Iret.replay`,
-choosing included), and the same run with every image padded to the longest of the batch. Beside them a static ViT of DeiT-S
-shape, and peak memory by budget.
+operating points, as shares of its grid, and the stage after which they leave: all images at one point, chosen for a MAC ratio, or
+every image at its own ("mixed"), drawn evenly, as when the requests of a server bring their budgets. Three things run in turn:
+the whole model; the packed run (`Iret.replay`, choosing included); and the same run with the whole block padded to its longest
+image, those that left as well. Beside them a static ViT of DeiT-S shape, and peak memory by budget.
 
     python benchmarks/batch.py --out results/...     takes some minutes; run it alone on the machine
 """
@@ -14,14 +14,18 @@ import csv
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
 import torch
+from speed import Stopwatch
 from torch.nn import functional as F
 
 import iret
@@ -44,37 +48,41 @@ def vit_macs(tokens: int = 197, dim: int = 384, depth: int = 12, classes: int = 
 
 
 @torch.inference_mode()
-def counts_of(name: str, data_name: str, num_images: int) -> np.ndarray:
-    """[thresholds, stages, images]: shares of the grid that a calibrated model keeps of real images, nobody leaving early."""
+def plans_of(name: str, data_name: str, num_images: int, model: iret.Iret) -> tuple[list[list[Plan]], np.ndarray]:
+    """What `model` would do with real images, by point and image: what a calibrated model keeps of them, as shares of its grid,
+    and the stage after which they leave. And the points' budgets."""
     source = load(name)
     data = open_data(data_name, "test", source.preprocessing)
     pixels = torch.stack([data[index][0] for index in range(num_images)])
     images = source.normalise(pixels.float() / 255)
-    rows = [source.run(images, point.thresholds).trace.kept.sum((2, 3)).numpy() for point in source.points.points]
-    return np.stack(rows) / source.shape.num_patches
-
-
-def choose_plans(model: iret.Iret, counts: np.ndarray, ratio_: float, draw: random.Random, batch: int) -> list[Plan]:
-    """A batch of images at the threshold whose mean MACs come closest to the ratio."""
-    full, cells, least = full_macs(model.shape), model.shape.num_patches, model.shape.min_keep
-    candidates = []
-    for row in counts:
-        chosen = draw.sample(range(row.shape[1]), batch)
-        kept = np.clip(np.round(row[:, chosen] * cells), least, cells).astype(int).T.tolist()
-        candidates.append([Plan(tuple(each), (0, *each[1:])) for each in kept])
-
-    def macs_ratio(plans: list[Plan]) -> float:
-        return float(full / np.mean([plan_macs(model.shape, plan.kept, plan.refined, scored=True) for plan in plans]))
-
-    return min(candidates, key=lambda plans: abs(macs_ratio(plans) - ratio_))
-
-
-def mix_plans(model: iret.Iret, counts: np.ndarray, draw: random.Random, batch: int) -> list[Plan]:
-    """A batch as a server makes it: every image at a point of its own, drawn from the whole table."""
     cells, least = model.shape.num_patches, model.shape.min_keep
-    drawn = [counts[draw.randrange(len(counts)), :, image] for image in draw.sample(range(counts.shape[2]), batch)]
-    kept = np.clip(np.round(np.stack(drawn) * cells), least, cells).astype(int).tolist()
-    return [Plan(tuple(each), (0, *each[1:])) for each in kept]
+    rows = []
+    for point in source.points.points:
+        trace = source.run(images, point.thresholds, point.exit_confidence).trace
+        shares = trace.kept.sum((2, 3)).numpy() / source.shape.num_patches
+        kept = np.clip(np.round(shares * cells), least, cells).astype(int).T.tolist()
+        ran = (trace.exit_stage + 1).tolist()
+        rows.append([Plan(tuple(each[:end]), (0, *each[1:end])) for each, end in zip(kept, ran, strict=True)])
+    return rows, source.points.shares[::-1]
+
+
+def mean_macs(model: iret.Iret, plans: list[Plan]) -> float:
+    return float(np.mean([plan_macs(model.shape, plan.kept, plan.refined, scored=True) for plan in plans]))
+
+
+def choose_plans(
+    model: iret.Iret, rows: list[list[Plan]], ratio_: float, draw: random.Random, batch: int
+) -> list[Plan]:
+    """A batch of images at the point whose mean MACs come closest to the ratio."""
+    candidates = [draw.sample(row, batch) for row in rows]
+    return min(candidates, key=lambda plans: abs(full_macs(model.shape) / mean_macs(model, plans) - ratio_))
+
+
+def mix_plans(rows: list[list[Plan]], budgets: np.ndarray, draw: random.Random, batch: int) -> list[Plan]:
+    """A batch as a server makes it: every image at a budget of its own, drawn evenly from all that the table has."""
+    asked = [draw.uniform(budgets.min(), 1) for _ in range(batch)]
+    points = [int(np.abs(budgets - budget).argmin()) for budget in asked]
+    return [rows[point][image] for point, image in zip(points, draw.sample(range(len(rows[0])), batch), strict=True)]
 
 
 @torch.inference_mode()
@@ -84,7 +92,7 @@ def padded(model: iret.Iret, images: torch.Tensor, plans: list[Plan]) -> torch.T
     batch, cells = len(images), model.shape.num_patches
     for index, stage in enumerate(model.stages):
         if index:
-            counts = torch.tensor([plan.kept[index] for plan in plans])
+            counts = torch.tensor([plan.kept[index] if index < len(plan.kept) else 0 for plan in plans])
             width = int(counts.max())
             x = tokens.x_TD.unflatten(0, (batch, -1))[:, : width + 1].flatten(0, 1)
             live = torch.arange(width + 1) <= counts[:, None]
@@ -99,34 +107,52 @@ def padded(model: iret.Iret, images: torch.Tensor, plans: list[Plan]) -> torch.T
     return model.stages[-1].answer(tokens)
 
 
+def choosing_share(call: Callable[[], object], stopwatch: Stopwatch) -> float:
+    """Of the time of one run, in the median of five."""
+    shares = []
+    for _ in range(5):
+        stopwatch.take()
+        started = time.perf_counter()
+        call()
+        spent = time.perf_counter() - started
+        shares.append(stopwatch.take() / spent)
+    return statistics.median(shares)
+
+
 def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
     torch.manual_seed(0)
-    counts = counts_of(args.counts, args.data, 8 * args.batch)
     model, context = prepare(iret.create_model("iret_small").eval(), args.precision)
+    rows, budgets = plans_of(args.counts, args.data, 8 * args.batch, model)
     images, draw = torch.randn(args.batch, 3, 224, 224), random.Random(0)
     static = VisionTransformer().eval()
     work = {"full": lambda: model(images), "deit_s": lambda: static(images)}
     ratios, spread = {"full": 1.0, "deit_s": full_macs(model.shape) / vit_macs()}, {}
-    point = Point(thresholds=((1.0, 1.0),) * 2, accuracy=0.0, macs_mean=1.0, macs_p95=1.0, kept_mean=())
-    batches = {f"{wanted:g}": choose_plans(model, counts, wanted, draw, args.batch) for wanted in RATIOS}
-    batches["mixed"] = mix_plans(model, counts, draw, args.batch)
+    point = Point(
+        thresholds=((1.0, 1.0),) * 2, accuracy=0.0, macs_mean=1.0, macs_p95=1.0, kept_mean=(), exit_confidence=1.0
+    )
+    batches = {f"{wanted:g}": choose_plans(model, rows, wanted, draw, args.batch) for wanted in RATIOS}
+    batches["mixed"] = mix_plans(rows, budgets, draw, args.batch)
     for name, plans in batches.items():
-        macs = np.mean([plan_macs(model.shape, plan.kept, plan.refined, scored=True) for plan in plans])
+        macs = mean_macs(model, plans)
         work[f"packed {name}"] = lambda plans=plans: model.replay(images, plans, point)
         work[f"padded {name}"] = lambda plans=plans: padded(model, images, plans)
         ratios[f"packed {name}"] = ratios[f"padded {name}"] = full_macs(model.shape) / macs
-        spread[f"packed {name}"] = [sorted(plan.kept[stage] for plan in plans) for stage in (1, 2)]
+        counts = [sorted(plan.kept[stage] for plan in plans if stage < len(plan.kept)) for stage in (1, 2)]
+        spread[f"packed {name}"] = counts
     with context, torch.inference_mode(), pin_threads(1):
         samples = measure_latency(work, rounds=args.rounds, warm_up=2, lead=1)
-    rows = []
+        stopwatch = Stopwatch()  # only now: it takes time itself
+        choosing = {name: choosing_share(call, stopwatch) for name, call in work.items() if name.startswith("packed")}
+    found = []
     for name, latency in samples.items():
         speedup = ratio(samples["full"], latency)
         row = {"what": name, "mac_ratio": float(ratios[name]), "ms": latency.p50_ms, "speedup": speedup.median}
         row |= {"share": speedup.median / row["mac_ratio"], "counts": spread.get(name)}
         if name.startswith("packed"):
+            row["choosing"] = choosing[name]
             row["padded_over_packed"] = ratio(samples[name.replace("packed", "padded")], latency).median
-        rows.append(row)
-    return rows, samples
+        found.append(row)
+    return found, samples
 
 
 def peak_mib(budget: float, batch: int) -> float:
@@ -184,11 +210,11 @@ def main() -> None:
         f"`{command_of(args)}`: `iret_small`, batch {args.batch}, one thread, {doctor.processor_name()}; medians of "
         f"{args.rounds} interleaved rounds.",
         "",
-        "| what | MAC ratio | ms | times faster than full | share | padded / packed |",
-        "|---|---|---|---|---|---|",
+        "| what | MAC ratio | ms | times faster than full | share | padded / packed | choosing |",
+        "|---|---|---|---|---|---|---|",
         *(
             f"| {row['what']} | {row['mac_ratio']:.2f} | {row['ms']:.1f} | {row['speedup']:.2f} | {row['share']:.2f} | "
-            + (f"{row['padded_over_packed']:.2f} |" if "padded_over_packed" in row else "|")
+            + (f"{row['padded_over_packed']:.2f} | {row['choosing']:.1%} |" if "choosing" in row else "| |")
             for row in rows
         ),
         "",

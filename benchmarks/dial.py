@@ -3,8 +3,9 @@
     python benchmarks/dial.py MODEL --data DATA --out results/...        one thread; run it alone on the machine
 
 MACs: `iret eval` at each budget. Between points: halfway between any two neighbours, is the accuracy within the 95 % interval
-of the chord between theirs? Milliseconds: the clock of this machine is measured first (as `iret calibrate --device-only` does,
-on noise); then test images are answered one by one, every budget on every image in an order drawn anew.
+of the chord between theirs? Milliseconds, in legs: the clock of this machine is measured (as `iret calibrate --device-only` does,
+on noise); right after that, test images are answered one by one, every budget on every image in an order drawn anew. The error of
+a budget is the median over the legs: a machine that gets faster between table and answers says nothing about the dial.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from iret.train.data import name_of, open_data
 from iret.zoo import load
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25)
-REPEATS = 5  # timed runs of every image at every budget
+LEGS = 5  # clocks measured, each of them checked at once
+REPEATS = 3  # timed runs of every image at every budget in a leg
 STEPS = 6  # of milliseconds, from nearly the cheapest to the full run
 
 
@@ -78,34 +80,36 @@ def command_of(args: argparse.Namespace) -> str:
 
 @torch.inference_mode()
 def check_ms(model, data, num_images: int, samples_path: Path) -> list[dict]:
-    """Asked and met milliseconds, mean over test images at batch 1."""
-    table, _ = measure_device(model, model.points)
-    model.points = model.points.with_device(table)
-    cheapest, full = min(table.ms_mean), table.ms_mean[0]
-    asked = [float(ms) for ms in np.linspace(1.05 * cheapest, full, STEPS)]
-    budgets = [model.budget_for(ms=ms) for ms in asked]
+    """Asked and met milliseconds, mean over test images at batch 1, by leg."""
     chosen = random.Random(0).sample(range(len(data)), num_images)
     images = [model.normalise(data[index][0][None].float() / 255) for index in chosen]
-    spent: dict[float, list[list[float]]] = {ms: [[] for _ in images] for ms in asked}
-    order = list(zip(asked, budgets, strict=True))
-    draw = random.Random(1)
-    for round_ in range(1 + REPEATS):  # the first warms up
-        for place in draw.sample(range(num_images), num_images):
-            for ms, budget in draw.sample(order, len(order)):
-                model(images[place], budget=budget)  # so that its weights are in the caches, as in a stream
-                started = time.perf_counter()
-                model(images[place], budget=budget)
-                if round_:
-                    spent[ms][place].append(1e3 * (time.perf_counter() - started))
-    met = {ms: float(np.median(each, axis=1).mean()) for ms, each in spent.items()}  # as the table's: a median an image
+    draw, legs, raw = random.Random(1), [], []
+    for leg in range(LEGS):
+        table, _ = measure_device(model, model.points)
+        model.points = model.points.with_device(table)
+        asked = np.linspace(1.05 * min(table.ms_mean), table.ms_mean[0], STEPS).tolist()
+        budgets = [model.budget_for(ms=ms) for ms in asked]
+        spent = np.zeros((REPEATS, STEPS, num_images))
+        for repeat in range(-1, REPEATS):  # the first warms up
+            for place in draw.sample(range(num_images), num_images):
+                for step in draw.sample(range(STEPS), STEPS):
+                    model(images[place], budget=budgets[step])  # so that its weights are in the caches, as in a stream
+                    started = time.perf_counter()
+                    model(images[place], budget=budgets[step])
+                    spent[repeat, step, place] = 1e3 * (time.perf_counter() - started)
+        met = np.median(spent, axis=0).mean(1)  # as the table's: a median an image
+        legs.append(np.array([asked, budgets, met]))
+        raw += [(leg, f"{asked[step]:.4f}", place, *(f"{x:.4f}" for x in spent[:, step, place]))
+                for step in range(STEPS) for place in range(num_images)]  # fmt: skip
     with samples_path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("asked_ms", "image", *(f"ms_{place}" for place in range(REPEATS))))
-        for ms, each in spent.items():
-            writer.writerows((f"{ms:.4f}", place, *(f"{x:.4f}" for x in one)) for place, one in enumerate(each))
+        head = ("leg", "asked_ms", "image", *(f"ms_{repeat}" for repeat in range(REPEATS)))
+        csv.writer(file, lineterminator="\n").writerows((head, *raw))
+    every = np.stack(legs)  # [legs, (asked, budget, met), steps]
+    errors = every[:, 2] / every[:, 0] - 1
     return [
-        {"asked_ms": ms, "budget": budget, "met_ms": met[ms], "error": met[ms] / ms - 1}
-        for ms, budget in zip(asked, budgets, strict=True)
+        dict(zip(("asked_ms", "budget", "met_ms"), np.median(every[:, :, step], axis=0).tolist(), strict=True))
+        | {"error": float(np.median(errors[:, step])), "of_legs": errors[:, step].tolist()}
+        for step in range(STEPS)
     ]
 
 
@@ -149,10 +153,14 @@ def main() -> None:
             for row in found["chords"]
         ),
         "",
-        "| ms asked | budget | met | error |",
-        "|---|---|---|---|",
+        f"Medians of {LEGS} legs.",
+        "",
+        "| ms asked | budget | met | error | of the legs |",
+        "|---|---|---|---|---|",
         *(
-            f"| {row['asked_ms']:.2f} | {row['budget']:.3f} | {row['met_ms']:.2f} | {row['error']:+.1%} |"
+            f"| {row['asked_ms']:.2f} | {row['budget']:.3f} | {row['met_ms']:.2f} | {row['error']:+.1%} | "
+            + " ".join(f"{error:+.1%}" for error in row["of_legs"])
+            + " |"
             for row in found["ms"]
         ),
     ]
