@@ -90,7 +90,7 @@ def check_ms(model, data, num_images: int, samples_path: Path) -> list[dict]:
         asked = np.linspace(1.05 * min(table.ms_mean), table.ms_mean[0], STEPS).tolist()
         budgets = [model.budget_for(ms=ms) for ms in asked]
         spent = np.zeros((REPEATS, STEPS, num_images))
-        for repeat in range(-1, REPEATS):  # the first warms up
+        for repeat in range(-1, REPEATS):  # the first warms up: what it writes is overwritten
             for place in draw.sample(range(num_images), num_images):
                 for step in draw.sample(range(STEPS), STEPS):
                     model(images[place], budget=budgets[step])  # so that its weights are in the caches, as in a stream
@@ -153,7 +153,7 @@ def main() -> None:
             for row in found["chords"]
         ),
         "",
-        f"Medians of {LEGS} legs.",
+        f"Medians of {LEGS} legs, each column's own.",
         "",
         "| ms asked | budget | met | error | of the legs |",
         "|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Bring README.md up to date: the tables of the shipped models' cards and of the latest timings, the pictures of `make demo`.
+"""Bring README.md and docs/ up to date: the tables of the shipped models' cards and of the latest timings, and the pictures.
 
 Run it after `runs/ship.sh` and `make demo`.
 """
@@ -9,6 +9,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PICTURES = {"tradeoff.png": "tradeoff.png", "digits.png": "focus.png"}  # in demo/ -> in docs/
+TIMINGS = {
+    "README.md": ("speed", "engines", "precision", "batch", "bundle"),
+    "docs/export.md": ("load", "deadline"),
+    "docs/serve.md": ("serve",),
+}
 
 
 def tables(card: str) -> list[str]:
@@ -22,6 +27,10 @@ def between(name: str, new: str, text: str) -> str:
     return re.sub(re.escape(begin) + r".*?" + re.escape(end), lambda _: begin + new + end, text, flags=re.S)
 
 
+def latest(kind: str) -> Path:
+    return max((ROOT / "results").glob(f"*_{kind}_*"))
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
@@ -32,13 +41,16 @@ def main() -> None:
         text = between(f"{folder.name} control", control, text)
         if beside := re.search(r"## Beside a model without a dial\n\n(.*\n)", card):
             text = between(f"{folder.name} static", beside[1], text)
-    for kind in ("speed", "engines", "precision", "batch", "bundle"):
-        timing = max((ROOT / "results").glob(f"*_{kind}_*"))
-        said = (timing / "README.md").read_text().rstrip()
-        text = between(kind, f"{said}\n\nRaw samples: `{timing.relative_to(ROOT)}/`.\n", text)
     readme.write_text(text)
+    for page, kinds in TIMINGS.items():
+        text = (ROOT / page).read_text()
+        for kind in kinds:
+            said = (latest(kind) / "README.md").read_text().rstrip()
+            text = between(kind, f"{said}\n\nRaw samples: `{latest(kind).relative_to(ROOT)}/`.\n", text)
+        (ROOT / page).write_text(text)
     for picture, name in PICTURES.items():
         shutil.copy(ROOT / "demo" / picture, ROOT / "docs" / name)
+    shutil.copy(latest("deadline") / "deadline.png", ROOT / "docs")
 
 
 if __name__ == "__main__":

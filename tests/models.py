@@ -29,16 +29,14 @@ def make_model(seed: int = 0, *, is_haar: bool = False, **options) -> Iret:
     return model
 
 
-def write_bundle(
-    model: Iret, folder: Path, *, buckets: tuple[int, ...] = (), single_graph: bool = False, int8: bool = False
-) -> Callable:
+def write_bundle(model: Iret, folder: Path, *, buckets: tuple[int, ...] = (), single_graph: bool = False) -> Callable:
     """A bundle of empty files in `folder`; what loads them in place of an engine: torch, on the graphs that would be exported."""
-    jobs = _jobs(model, "onnx", single_graph, buckets, int8)
+    jobs = _jobs(model, "onnx", single_graph, buckets)
     stages: dict[int, list[GraphFile]] = {}
     folder.mkdir(exist_ok=True)
     for job in jobs:
         (folder / job.name).touch()
-        stages.setdefault(job.stage, []).append(GraphFile(job.name, job.tokens, job.is_alone))
+        stages.setdefault(job.stage, []).append(GraphFile(job.name, job.tokens))
     bundle = Bundle(
         name=model.name,
         kind="onnx",

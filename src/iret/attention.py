@@ -90,7 +90,7 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, tokens: Dense) -> Tensor:
 
 
 def _logits(q: Tensor, k: Tensor, tokens: Dense) -> Tensor:
-    """[B, H, Q, N]."""
+    """Of every query for every key, [B, H, queries, N]."""
     logits = (q.transpose(1, 2) @ k.transpose(1, 2).mT) * q.shape[-1] ** -0.5
     return logits if tokens.bias_BN is None else logits + tokens.bias_BN[:, None, None]
 

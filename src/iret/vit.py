@@ -45,6 +45,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         if isinstance(tokens, Dense):
             qkv = qkv.reshape(tokens.batch_size, -1, 3 * self.num_heads, x.shape[-1] // self.num_heads)
+            # not chunk: ExecuTorch would fix the batch at the traced one
             q, k, v = (qkv.narrow(2, part * self.num_heads, self.num_heads) for part in range(3))
         else:
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)

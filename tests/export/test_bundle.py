@@ -23,12 +23,10 @@ from iret.export.int8 import quantize_onnx
 from iret.export.parity import Parity
 from iret.model import Iret
 from iret.runtime.bundle import FILE_NAME, Bundle
-from iret.runtime.engines import load_graph
 from iret.runtime.session import Session
 
 pytestmark = pytest.mark.graph  # the hook that checks shapes in signatures cannot be traced
 
-GRAPHS = ("stage_0.onnx", "stage_0_alone.onnx", "stage_1.onnx", "stage_1_alone.onnx")
 SOURCE = str(Path(iret.__file__).parents[1])
 
 
@@ -57,19 +55,12 @@ def copy_graphs(folder: Path, monkeypatch) -> None:
     """In place of tracing: graphs are those of the bundle `folder`, whatever the model; int8 where they are calibrated."""
 
     def write(module, inputs, axes, path, calls=None):
-        kind = "_alone" if len(inputs[0]) == 1 else ""
-        shutil.copy(folder / f"stage_{int(len(inputs) > 1)}{kind}.onnx", path)
+        shutil.copy(folder / f"stage_{int(len(inputs) > 1)}.onnx", path)
         if calls is not None:
             quantize_onnx(path, calls)
 
     monkeypatch.setitem(targets.WRITERS, "onnx", (".onnx", write))
     monkeypatch.setattr(targets, "write_onnx", write)  # whose file becomes OpenVINO's
-
-
-def write_nothing(monkeypatch) -> None:
-    """In place of tracing: files that are no graphs."""
-    monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
-    monkeypatch.setattr(exporting, "share_weights", lambda *args: None)
 
 
 def assert_right(folder: Path, bundle: Bundle, parity: Parity) -> None:
@@ -97,32 +88,6 @@ def test_onnx_runtime_keeps_the_model_s_patches_and_gives_its_answers(traced):
 
 def test_every_engine_of_a_kind_runs_it(traced):
     assert exporting.check(make_model(), traced[0], engine="openvino").problem is None
-
-
-def test_graphs_for_one_image_alone_read_their_weights_out_of_the_others_files(traced):
-    folder, bundle, _ = traced
-    for graphs in bundle.stages:
-        whole, alone = graphs
-        assert (whole.is_alone, alone.is_alone) == (False, True)
-        with_weights, without = ((folder / graph.file).stat().st_size for graph in graphs)
-        assert without < with_weights - 4 * sum(each.numel() for each in make_model().stages[0].parameters()) * 0.9
-    image = make_images(1).numpy()
-    for engine in ("onnxruntime", "openvino"):
-        session = Session(folder, engine)
-        one, two = session(image, thresholds=1.0), session(np.concatenate([image, image]), thresholds=1.0)
-        assert (one.trace.kept[:, 0] == two.trace.kept[:, 0]).all()
-        assert one.logits[0] == pytest.approx(two.logits[0], abs=1e-5)
-
-
-def test_weights_that_are_not_in_the_other_file_stay(tmp_path):
-    generator, paths = torch.Generator().manual_seed(0), (tmp_path / "one.onnx", tmp_path / "two.onnx")
-    x, layers = torch.randn(2, 32, generator=generator), [torch.nn.Linear(32, 16) for _ in paths]
-    for layer, path in zip(layers, paths, strict=True):
-        targets.write_onnx(layer, (x,), None, path)
-    before = paths[0].stat().st_size
-    targets.share_weights(paths[0], paths[1])
-    assert paths[0].stat().st_size == pytest.approx(before, abs=64)
-    assert load_graph("onnxruntime", paths[0])([x.numpy()])[0] == pytest.approx(layers[0](x).detach().numpy(), abs=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"single_graph": True}, {"buckets": (6,)}], ids=str)
@@ -200,7 +165,7 @@ def test_a_folder_with_more_than_a_bundle_is_left_alone(tmp_path):
 
 def test_what_a_save_that_was_killed_left_does_not_bar_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "check", lambda *args: Parity())
-    write_nothing(monkeypatch)
+    monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
     export(make_model(), tmp_path / "bundle")
     (tmp_path / "bundle" / f".{FILE_NAME}.4711").write_text("{")
     export(make_model(), tmp_path / "bundle")
@@ -232,17 +197,17 @@ def test_a_bundle_that_differs_is_not_kept_and_an_older_one_stays(traced, tmp_pa
 
 def test_an_older_bundle_is_replaced_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "check", lambda *args: Parity())
-    write_nothing(monkeypatch)
+    monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
     export(make_model(), tmp_path / "bundle", buckets=(6,))
     export(make_model(), tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     names = sorted(path.name for path in (tmp_path / "bundle").iterdir())
-    assert names == [FILE_NAME, "labels.txt", *GRAPHS]
+    assert names == [FILE_NAME, "labels.txt", "stage_0.onnx", "stage_1.onnx"]
 
 
 def test_a_graph_that_the_engine_cannot_load_is_refused_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "check", lambda *args: Parity())
-    write_nothing(monkeypatch)
+    monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
     export(make_model(), tmp_path / "bundle")
     for engine in ("onnxruntime", "openvino"):
         with pytest.raises(ValueError, match="cannot load"):
@@ -251,12 +216,12 @@ def test_a_graph_that_the_engine_cannot_load_is_refused_in_a_sentence(tmp_path, 
 
 def test_bundle_json_holds_what_a_device_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "check", lambda *args: replace(Parity(), compared=1))
-    write_nothing(monkeypatch)
+    monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
     export(make_model(), tmp_path / "bundle")
     raw = json.loads((tmp_path / "bundle" / FILE_NAME).read_text())
     assert raw["labels"] == ["a", "b", "c", "d", "e"]
     assert raw["preprocess"]["img_size"] == [24, 32]
     assert raw["shape"]["patch_size"] == 8
     assert raw["versions"]["torch"] == metadata.version("torch")
-    assert set(raw["checksums"]) == {"labels.txt", *GRAPHS}
+    assert set(raw["checksums"]) == {"labels.txt", "stage_0.onnx", "stage_1.onnx"}
     assert raw["check"]["compared"] == 1

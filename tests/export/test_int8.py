@@ -98,7 +98,7 @@ def check_onnx(path: Path) -> None:
 
 
 def test_every_graph_is_calibrated_on_what_it_was_given_at_every_setting(tmp_path, monkeypatch):
-    monkeypatch.setattr(int8, "load_graph", models.write_bundle(make_model(), tmp_path, int8=True))
+    monkeypatch.setattr(int8, "load_graph", models.write_bundle(make_model(), tmp_path))
     images = make_images(3)
     calls = record_inputs(tmp_path, images, [(0.0, None), (50.0, None)])
     assert {name: len(seen) for name, seen in calls.items()} == {"stage_0": 3, "stage_1": 6}  # the same at any setting
@@ -110,7 +110,7 @@ def test_every_graph_is_calibrated_on_what_it_was_given_at_every_setting(tmp_pat
 
 def test_a_graph_is_calibrated_on_so_many_calls_at_most_drawn_from_all(tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "MAX_CALLS", 8)
-    monkeypatch.setattr(int8, "load_graph", models.write_bundle(make_model(), tmp_path, int8=True))
+    monkeypatch.setattr(int8, "load_graph", models.write_bundle(make_model(), tmp_path))
     images = make_images(24)
     calls = record_inputs(tmp_path, images, [(0.0, None), (50.0, None)])
     assert [len(seen) for seen in calls.values()] == [8, 8]
@@ -121,7 +121,7 @@ def test_a_graph_is_calibrated_on_so_many_calls_at_most_drawn_from_all(tmp_path,
 
 
 def test_a_bucket_that_no_image_fills_is_named_with_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(int8, "load_graph", models.write_bundle(make_model(), tmp_path, buckets=(6,), int8=True))
+    monkeypatch.setattr(int8, "load_graph", models.write_bundle(make_model(), tmp_path, buckets=(6,)))
     with pytest.raises(ValueError, match=r"no image of --data ran stage_1_6.*give more, or leave that bucket out"):
         record_inputs(tmp_path, make_images(1), [(0.0, None)])
 

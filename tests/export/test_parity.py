@@ -224,7 +224,6 @@ def test_a_graph_that_differs_is_refused_and_leaves_nothing(
         return session
 
     monkeypatch.setattr(checking, "Session", open_session)
-    monkeypatch.setattr(exporting, "share_weights", lambda *args: None)
     monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
     if not is_refused and np.isfinite(bias):
         _, parity = exporting.export(make_model(), tmp_path / "bundle")
@@ -240,7 +239,6 @@ checking_session = checking.Session
 
 def test_graphs_that_changed_places_are_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "check", lambda *args: Parity())
-    monkeypatch.setattr(exporting, "share_weights", lambda *args: None)
     monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_text(args[3].name)))
     bundle, _ = exporting.export(make_model(), tmp_path / "bundle")
     bundle.verify(tmp_path / "bundle")

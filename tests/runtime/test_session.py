@@ -48,22 +48,14 @@ class Pretender:
 
     def __init__(self, seconds=lambda stage, images, tokens: 0.0) -> None:
         self.now, self.seconds, self.calls = 0.0, seconds, []
-        self.opened: list[str] = []
-        self.alone = 0  # calls of graphs for one image alone
 
     def clock(self) -> float:
         return self.now
 
     def load(self, engine: str, path: Path, threads: int | None):
         stage = int(path.stem.split("_")[1])
-        self.opened.append(path.name)
 
         def run(inputs):
-            if path.name.endswith("_alone"):
-                self.alone += 1
-                assert len(inputs[0]) == 1
-                assert len(inputs) == (4 if stage else 1)  # no mask
-                inputs = inputs if stage == 0 else [*inputs, np.zeros(inputs[0].shape[:2], np.float32)]
             batch, tokens = (len(inputs[0]), 17) if stage == 0 else inputs[0].shape[:2]
             self.calls.append((stage, batch, tokens, [each.shape for each in inputs]))
             self.now += self.seconds(stage, batch, tokens)
@@ -453,49 +445,6 @@ def test_a_clock_is_not_saved_into_a_bundle_that_was_exported_meanwhile(tmp_path
 def test_a_session_that_measured_nothing_has_nothing_to_save(tmp_path):
     with pytest.raises(ValueError, match=r"no clock was measured .* Measure it with session\.measure\(\)"):
         make_session(tmp_path, Pretender()).save()
-
-
-# ---- graphs for one image alone
-
-ALONE = tuple((GraphFile(f"stage_{index}"), GraphFile(f"stage_{index}_alone", is_alone=True)) for index in range(3))
-
-
-def test_one_image_alone_runs_on_graphs_of_its_own_and_opens_no_others(tmp_path):
-    engine = Pretender()
-    session = make_session(tmp_path, engine, stages=ALONE)
-    found = session(make_images(0.5), thresholds=0.5)
-    assert engine.opened == ["stage_0_alone", "stage_1_alone", "stage_2_alone"]
-    assert engine.alone == 3
-    expected = make_session(tmp_path, Pretender())(make_images(0.5), thresholds=0.5)
-    assert (found.trace.kept == expected.trace.kept).all()
-    assert (found.logits == expected.logits).all()
-
-
-def test_the_first_batch_of_several_opens_the_other_graphs_once(tmp_path):
-    engine = Pretender()
-    session = make_session(tmp_path, engine, stages=ALONE)
-    for _ in range(2):
-        found = session(make_images(0.5, 2.0), thresholds=0.5)
-    assert engine.opened[3:] == ["stage_0", "stage_1", "stage_2"]
-    assert engine.alone == 0
-    expected = make_session(tmp_path, Pretender())(make_images(0.5, 2.0), thresholds=0.5)
-    assert (found.trace.kept == expected.trace.kept).all()
-
-
-def test_graphs_of_another_export_are_not_opened_beside_those_of_this_one(tmp_path):
-    session = make_session(tmp_path, Pretender(), stages=ALONE)
-    (tmp_path / "stage_1").write_bytes(b"other weights")
-    make_session(tmp_path, Pretender(), stages=ALONE)
-    session(make_images(0.5), thresholds=0.5)
-    with pytest.raises(
-        ValueError, match="was exported again since this session was made; open it anew, and use it there"
-    ):
-        session(make_images(0.5, 2.0), thresholds=0.5)
-
-
-def test_a_stage_needs_a_graph_for_batches(tmp_path):
-    with pytest.raises(ValueError, match="no graph takes every patch"):
-        make_session(tmp_path, Pretender(), stages=(ALONE[0][1:], *ALONE[1:]))
 
 
 # ---- a controller

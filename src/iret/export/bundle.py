@@ -22,7 +22,7 @@ from iret.export.graphs import FirstStage, LaterStage, SingleGraph
 from iret.export.int8 import Calls, record_inputs
 from iret.export.parity import Parity, check, settings
 from iret.export.points import points_of
-from iret.export.targets import WRITERS, Axes, share_weights
+from iret.export.targets import WRITERS, Axes
 from iret.model import Iret
 from iret.runtime.bundle import ENGINES, FILE_NAME, Bundle, GraphFile, checksum, replace_folder
 
@@ -63,7 +63,7 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        jobs = _jobs(model, kind, single_graph, buckets, int8)
+        jobs = _jobs(model, kind, single_graph, buckets)
         write = partial(_write, model, scratch, kind, jobs, images, held_out, say)
         bundle, parity = write(None)
         if int8 and images is not None:
@@ -88,11 +88,9 @@ class _Job:
     graph: nn.Module
     inputs: tuple[Tensor, ...]
     axes: Axes | None
-    is_alone: bool = False
 
 
-def _jobs(model: Iret, kind: str, single_graph: bool, buckets: Sequence[int], int8: bool = False) -> list[_Job]:
-    """A graph for one image alone comes after the one that holds its weights."""
+def _jobs(model: Iret, kind: str, single_graph: bool, buckets: Sequence[int]) -> list[_Job]:
     model = model.eval()
     with torch.no_grad():
         if single_graph:
@@ -104,13 +102,7 @@ def _jobs(model: Iret, kind: str, single_graph: bool, buckets: Sequence[int], in
             for count in counts:
                 name, width = (f"stage_{index}", None) if count is None else (f"stage_{index}_{count}", count + 1)
                 jobs.append(_Job(name, index, width, *_later_stage(model, index, width, limit)))
-        if kind != "onnx" or buckets or int8:  # only ONNX files can share their weights, and quantised ones are others
-            return jobs
-        alone = [_Job("stage_0_alone", 0, None, *_first_stage(model, 1), is_alone=True)]
-        for index in range(1, len(model.stages)):
-            graph = _later_stage(model, index, None, 1)
-            alone.append(_Job(f"stage_{index}_alone", index, None, *graph, is_alone=True))
-        return jobs + alone
+        return jobs
 
 
 def _max_batch(kind: str, is_fixed: bool) -> int | None:
@@ -138,9 +130,7 @@ def _write(
         say(f"writing {name}" + (" in int8" if calls else ""))
         with torch.no_grad():
             write(job.graph, job.inputs, job.axes, folder / name, None if calls is None else calls[name])
-        if job.is_alone:
-            share_weights(folder / name, folder / stages[job.stage][0].file)
-        stages.setdefault(job.stage, []).append(GraphFile(name, job.tokens, job.is_alone))
+        stages.setdefault(job.stage, []).append(GraphFile(name, job.tokens))
     if model.labels:
         (folder / LABELS_NAME).write_text("\n".join(model.labels) + "\n", encoding="utf-8")
     is_single = jobs[0].name == "model"
@@ -215,10 +205,9 @@ def _first_stage(model: Iret, max_batch: int | None) -> Traced:
 
 
 def _later_stage(model: Iret, index: int, width: int | None, max_batch: int | None) -> Traced:
-    """`width` fixes the tokens of an image, and with them everything. Of one image there is nothing to mask."""
+    """`width` fixes the tokens of an image, and with them everything."""
     shape = model.shape
-    is_alone = width is None and max_batch == 1
-    batch, tokens = (1 if is_alone else 2, shape.min_keep + 2) if width is None else (1, width)
+    batch, tokens = (2, shape.min_keep + 2) if width is None else (1, width)
     rows = 3 if width is None else width
     inputs = (
         torch.zeros(batch, tokens, shape.embed_dims[index - 1]),
@@ -230,11 +219,8 @@ def _later_stage(model: Iret, index: int, width: int | None, max_batch: int | No
     if width is not None:
         return LaterStage(model, index), inputs, None
     every = shape.num_patches + 1
-    tokens_axis = {1: Dim("tokens", min=shape.min_keep + 1, max=every)}
+    by_token = {0: _batch(max_batch), 1: Dim("tokens", min=shape.min_keep + 1, max=every)}
     by_row = {0: Dim("rows", min=1, max=1 + (max_batch or ANY_BATCH) * shape.num_patches)}
-    if is_alone:
-        return LaterStage(model, index), inputs[:-1], (tokens_axis, tokens_axis, by_row, tokens_axis)
-    by_token = {0: _batch(max_batch)} | tokens_axis
     return LaterStage(model, index), inputs, (by_token, by_token, by_row, by_token, by_token)
 
 

@@ -6,8 +6,7 @@
 
 Between two stages the host chooses (`iret.runtime.session`), with the code that chooses for the model. Rows of `pixels` begin
 with one of zeros: its details are zero and add exactly nothing, so `source` can point there for a patch that is not refined, and
-no graph has an empty axis. Only plain gathers are used, and the class token's row of attention is computed beside the
-fused kernel, as in the model.
+no graph has an empty axis. Only plain gathers are used; attention is written out, and the class token's row computed beside it.
 
 Read first: `model`. What engines cannot do: docs/export.md.
 """
@@ -114,7 +113,7 @@ class LaterStage(StageGraph):
         cell: Int[Tensor, "B N"],
         pixels: Float[Tensor, "R C P P"],
         source: Int[Tensor, "B N"],
-        bias: Float[Tensor, "B N"] | None = None,
+        bias: Float[Tensor, "B N"],
     ) -> tuple[Tensor, ...]:
         return self.through(self.transit(x, cell, pixels, source), bias)
 

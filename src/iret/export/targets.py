@@ -20,7 +20,6 @@ from iret.runtime.engines import import_or_say
 
 # Opset 20 is the first with Gelu; ONNX Runtime 1.20 and OpenVINO 2024.5 read it.
 OPSET = 20
-LEAST_SHARED = 1024  # bytes; what is smaller is not worth the words that say where it lies
 
 Axes = tuple[dict[int, Any], ...]  # per input: dimension -> torch.export.Dim; a dimension that is not named is fixed
 
@@ -43,22 +42,6 @@ def write_onnx(
         program.save(str(path), external_data=False)
         if calls is not None:
             quantize_onnx(path, calls)
-
-
-def share_weights(path: Path, source: Path) -> None:
-    """Leave the weights of the ONNX file `path` out where `source`, beside it, holds the same bytes: they are read from there."""
-    onnx = import_or_say("onnx", "export")
-    model, there = onnx.load(path), source.read_bytes()
-    for tensor in model.graph.initializer:
-        place = there.find(tensor.raw_data) if len(tensor.raw_data) >= LEAST_SHARED else -1
-        if place >= 0:
-            where = {"location": source.name, "offset": place, "length": len(tensor.raw_data)}
-            tensor.external_data.extend(
-                onnx.StringStringEntryProto(key=key, value=str(value)) for key, value in where.items()
-            )
-            tensor.ClearField("raw_data")
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-    path.write_bytes(model.SerializeToString())
 
 
 def write_openvino(

@@ -24,14 +24,10 @@ ENGINES = {"onnx": ("onnxruntime", "openvino"), "openvino": ("openvino",), "exec
 
 @dataclass(frozen=True)
 class GraphFile:
-    """One graph. `tokens`: the only count per image it takes, class token included; None: any.
-
-    `is_alone`: it takes one image a call, and no mask; its weights lie in the files of the others.
-    """
+    """One graph. `tokens`: the only count per image it takes, class token included; None: any."""
 
     file: str
     tokens: int | None = None
-    is_alone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +62,7 @@ class Bundle:
             "a graph has no checksum": not files <= set(self.checksums),
             "a file has a path": any(Path(name).name != name for name in self.checksums),
             "no graph takes every patch": not all(
-                any(graph.tokens in (None, 1 + self.shape.num_patches) and not graph.is_alone for graph in stage)
-                for stage in self.stages
+                any(graph.tokens in (None, 1 + self.shape.num_patches) for graph in stage) for stage in self.stages
             ),
             "its labels are not as many as its classes": len(self.labels or ()) not in (0, self.shape.num_classes),
             "its preprocessing makes images of another size": self.preprocess.img_size != self.shape.img_size,
@@ -131,13 +126,6 @@ class Bundle:
     def with_check(self, found: dict[str, Any]) -> "Bundle":
         """The same with what was found when it was checked against the model."""
         return replace(self, check=found)
-
-    def without_alone(self) -> "Bundle":
-        """The same without the graphs for one image alone, and their files."""
-        stages = tuple(tuple(graph for graph in stage if not graph.is_alone) for stage in self.stages)
-        alone = {graph.file for stage in self.stages for graph in stage if graph.is_alone}
-        checksums = {name: digest for name, digest in self.checksums.items() if name not in alone}
-        return replace(self, stages=stages, checksums=checksums)
 
     def verify(self, folder: Path) -> None:
         """Raises ValueError for a file that is missing or not the one that was written."""

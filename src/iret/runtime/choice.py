@@ -30,7 +30,7 @@ class Layout:
     @staticmethod
     @lru_cache(maxsize=8)  # every run begins with it, most often for one image
     def whole(batch: int, num_cells: int) -> "Layout":
-        """Every patch of every image."""
+        """Every patch of every image. Runs share it: write into none of its arrays."""
         cell = np.tile(np.arange(-1, num_cells, dtype=np.int64), batch)
         return Layout(cell, np.arange(batch + 1) * (1 + num_cells), np.arange(batch))
 

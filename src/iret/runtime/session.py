@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from iret.runtime.bundle import ENGINES, Bundle, GraphFile
+from iret.runtime.bundle import ENGINES, Bundle
 from iret.runtime.choice import Layout, choose, cut, to_importance
 from iret.runtime.controller import Decision
 from iret.runtime.cost import Shape, stage_macs
@@ -101,7 +101,6 @@ class Session:
         """`engine` None: the first that runs this kind of bundle. `threads` None: as many as the engine likes.
 
         ExecuTorch has one pool of threads a process, so there the latest number that any session gave holds for all.
-        Of an ONNX bundle, graphs for batches are opened by the first batch of several images, which so takes longer.
         `controller` is asked for the budget of every call that says nothing itself, and told what it took; calls with a
         setting of their own go past it. `clock` (seconds) and `load`, which makes a graph of a file, can be replaced: tests do.
 
@@ -121,21 +120,11 @@ class Session:
                 "or export the model in another format."
             )
         self.threads, self._controller, self._clock = threads, controller, clock
-        self._load = load
-        stages = range(len(self.bundle.stages))
-        self._stages = [Stage(self.bundle, index, self._open, self._open_later) for index in stages]
+        self._stages = [
+            Stage(self.bundle, index, [(graph, load(self.engine, folder / graph.file, threads)) for graph in graphs])
+            for index, graphs in enumerate(self.bundle.stages)
+        ]
         self._paces, self._in_turn = Paces(len(self.shape.depths)), Lock()
-
-    def _open(self, file: GraphFile) -> Graph:
-        return self._load(self.engine, self._folder / file.file, self.threads)
-
-    def _open_later(self, file: GraphFile) -> Graph:
-        if Bundle.read(self._folder).checksums != self.bundle.checksums:
-            raise ValueError(self._was_replaced("use it"))
-        return self._open(file)
-
-    def _was_replaced(self, use: str) -> str:
-        return f"{self._folder} was exported again since this session was made; open it anew, and {use} there."
 
     @property
     def shape(self) -> Shape:
@@ -276,7 +265,9 @@ class Session:
         table = points.table_of(self.device, MEASURE_SESSION)
         there = Bundle.read(self._folder)
         if there.points is None or there.checksums != self.bundle.checksums or not there.points.has_those_of(points):
-            raise ValueError(self._was_replaced("measure"))
+            raise ValueError(
+                f"{self._folder} was exported again since this session was made; open it anew, and measure there."
+            )
         replace(there, points=there.points.with_device(table)).write(self._folder)
 
     def _settings(

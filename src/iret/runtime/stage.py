@@ -6,9 +6,6 @@ Read next: `session`, which goes from stage to stage.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from threading import Lock
 
 import numpy as np
 
@@ -20,20 +17,15 @@ from iret.runtime.engines import Graph
 MASKED = -1e9  # of a padded key: its weight is exactly 0, and no engine makes NaN of it
 # What a call costs beside its MACs: its weights are read from memory, which takes as long as this many MACs each.
 MACS_A_WEIGHT = 8
-Opener = Callable[[GraphFile], Graph]
 _NOTHING = np.empty(0, np.float32)
 
 
 class Stage:
     """The graphs of one stage, fed from packed tokens."""
 
-    def __init__(self, bundle: Bundle, index: int, open_now: Opener, open_later: Opener) -> None:
-        """Where a graph is made for one image alone, the others are opened, later, by the first batch of several."""
+    def __init__(self, bundle: Bundle, index: int, graphs: list[tuple[GraphFile, Graph]]) -> None:
         self._shape, self._index, self._max_batch = bundle.shape, index, bundle.max_batch
-        files = sorted(bundle.stages[index], key=lambda file: file.tokens or 0)
-        self._alone = next((open_now(file) for file in files if file.is_alone), None)
-        of_batches = open_now if self._alone is None else partial(_when_called, open_later)
-        self._graphs = [(file, of_batches(file)) for file in files if not file.is_alone]
+        self._graphs = sorted(graphs, key=lambda each: each[0].tokens or 0)
         self._steps = np.arange(1 + bundle.shape.num_patches, dtype=np.int64)
         macs = stage_macs(bundle.shape, index, self._steps, self._steps, scored=True)
         self._macs = np.asarray(macs, dtype=np.float64)  # of one image, by the patches it has
@@ -44,9 +36,7 @@ class Stage:
 
     def call(self, batch: "Batch", inputs: list[np.ndarray], width: int = 0) -> list[np.ndarray]:
         """The graph that takes `width` tokens an image, its time noted at `batch`."""
-        return self._time(batch, next(graph for file, graph in self._graphs if file.tokens in (None, width)), inputs)
-
-    def _time(self, batch: "Batch", graph: Graph, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        graph = next(graph for file, graph in self._graphs if file.tokens in (None, width))
         began = time.perf_counter()
         outputs = graph(inputs)
         batch.engine_s += time.perf_counter() - began
@@ -77,9 +67,8 @@ class Stage:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`_run_group` for one image alone, in fewer steps: at batch 1 the engine waits for every one of them."""
         owner, cell_T = layout.images[0], layout.cell_T
-        graph = self._alone or self._graphs[0][1]
         if not self._index:
-            return _unpack(self._time(batch, graph, [batch.images[owner, None]]), None)
+            return _unpack(self.call(batch, [batch.images[owner, None]]), None)
         if refined_T is None:
             index, source = cell_T[1:], self._steps[: len(cell_T)]
         else:
@@ -89,10 +78,8 @@ class Stage:
         if owner:
             index = index + owner * self._shape.num_patches
         pixels = batch.read(index, len(index) + 1)
-        inputs = [x_TD[None], cell_T[None], pixels, source[None]]
-        if self._alone is None:
-            inputs.append(np.zeros((1, len(cell_T)), np.float32))
-        return _unpack(self._time(batch, graph, inputs), None)
+        bias = np.zeros((1, len(cell_T)), np.float32)
+        return _unpack(self.call(batch, [x_TD[None], cell_T[None], pixels, source[None], bias]), None)
 
     def _run_group(
         self, group: np.ndarray, batch: "Batch", x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
@@ -140,20 +127,6 @@ class Stage:
         weights = numbers_moved(self._shape, [0] * (self._index + 1)) - numbers_moved(self._shape, [0] * self._index)
         widths = np.array([self._width(int(count)) for count in counts])
         return group_by_count(widths, self._macs[widths - 1], float(MACS_A_WEIGHT * weights), limit)
-
-
-def _when_called(open_graph: Opener, file: GraphFile) -> Graph:
-    """A graph that its first call opens; threads may call it at once."""
-    in_turn, opened = Lock(), None
-
-    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        nonlocal opened
-        if opened is None:
-            with in_turn:
-                opened = opened or open_graph(file)
-        return opened(inputs)
-
-    return run
 
 
 class Batch:

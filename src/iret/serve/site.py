@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from iret.runtime.bundle import Bundle, replace_folder
+from iret.runtime.bundle import FILE_NAME, Bundle, replace_folder
 
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
@@ -97,9 +97,7 @@ def build_site(bundle: Path, out: Path, *, runtime: Path | None = None, photos: 
         (folder / "ort").mkdir(parents=True)
         _copy_runtime(runtime, folder / "ort", Path(scratch))
         (folder / "bundle").mkdir()
-        copied = description.without_alone()  # the page runs one image and several by the same graphs
-        copied.write(folder / "bundle")
-        for name in copied.checksums:
+        for name in (FILE_NAME, *description.checksums):
             shutil.copyfile(bundle / name, folder / "bundle" / name)
         _write_page(folder, examples)
         page, ort, model = (_size(folder / part) for part in ("page", "ort", "bundle"))

@@ -13,8 +13,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from iret.serve.computer import Computer, Job, Result, Supply
 from iret.serve.refusal import Refusal
 
@@ -31,11 +29,7 @@ def open_computer(
     """Raises ValueError or ImportError as `Session` does."""
     from iret.runtime.session import Session
 
-    session = Session(bundle, engine, threads=threads)
-    shape = session.shape
-    for count in (2, 1):  # opens the graphs for batches, too: no request should wait for that
-        session(np.zeros((count, shape.in_chans, *shape.img_size), np.float32))
-    return Computer(session, max_pixels=max_pixels, supply=supply)
+    return Computer(Session(bundle, engine, threads=threads), max_pixels=max_pixels, supply=supply)
 
 
 def work(pipe: Connection, make: Callable[[], Computer]) -> None:
