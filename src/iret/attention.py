@@ -107,7 +107,7 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, b
 
 def attend_each(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None) -> Tensor:
     """One fused call an image: nothing is padded. The fastest on CPU, where a call is cheap beside its work."""
-    out = torch.empty_like(q)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for start, end in pairwise(starts.tolist()):
         if end > start:
             here = slice(start, end)
@@ -123,7 +123,7 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, b
     """
     assert _varlen_attn is not None
     ends = starts.to(torch.int32)
-    return _varlen_attn(q, k, v, ends, ends, width, width, **UNSPLIT)
+    return _varlen_attn(q.contiguous(), k, v, ends, ends, width, width, **UNSPLIT)
 
 
 def choose_backend(device_type: str, dtype: torch.dtype, has_bias: bool) -> AttentionBackend:
@@ -144,7 +144,7 @@ def _key_mask(is_live: Tensor, index: Tensor, bias_T: Tensor | None, dtype: torc
 @torch.library.custom_op("iret::attend", mutates_args=())
 def _attend_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None) -> Tensor:
     backend = choose_backend(q.device.type, q.dtype, bias_T is not None)
-    return backend(q.contiguous(), k, v, starts, width, bias_T).contiguous()
+    return backend(q, k, v, starts, width, bias_T).contiguous()
 
 
 @_attend_op.register_fake
