@@ -1,6 +1,7 @@
 """What the host notes of a run: masks, exits one after another, and MACs that add up. With answers: tests/test_output.py."""
 
 import numpy as np
+import pytest
 
 from iret.runtime.choice import Layout
 from iret.runtime.cost import Shape, plan_macs
@@ -67,3 +68,18 @@ def test_images_that_were_not_choosing_are_counted_without_it():
     counted = record.macs(scored=np.array([True, False])).tolist()
     assert counted == [plan_macs(SHAPE, *everything, scored=scored) for scored in (True, False)]
     assert counted[0] > counted[1]
+
+
+@pytest.mark.parametrize("refined", [None, [False, True, False, False, True]])
+def test_an_image_alone_is_recorded_as_beside_another(refined):
+    cells, two = [1, 2, 4, 5], Layout.whole(2, 6)
+    alone, beside = Record(SHAPE, 1), Record(SHAPE, 2)
+    alone.add(0, Layout.whole(1, 6), None)
+    beside.add(0, two, None)
+    refined_T = None if refined is None else np.array(refined)
+    alone.add(1, Layout(np.array([-1, *cells]), np.array([0, 5]), np.array([0])), refined_T)
+    both = Layout(np.array([-1, *cells, *two.cell_T[7:]]), np.array([0, 5, 12]), np.array([0, 1]))
+    beside.add(1, both, None if refined_T is None else np.append(refined_T, np.ones(7, dtype=bool)))
+    for one, of_two in zip(alone.grids(), beside.grids(), strict=True):
+        assert (one[:, 0] == of_two[:, 0]).all()
+        assert one[1].any()
