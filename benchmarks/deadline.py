@@ -161,7 +161,8 @@ def draw_plot(found: list[dict], path: Path, title: str) -> None:
         below.plot(deadlines, [100 * row["late"] for row in own], mark, label=load_)
     above.set(ylabel="top-1 (%)", title=title)
     below.set(xlabel="deadline (ms)", ylabel="late answers (%)", xscale="log")
-    below.xaxis.set_major_formatter("{x:g}")
+    below.set_xticks(deadlines[1::2], [f"{deadline:.2g}" for deadline in deadlines[1::2]])
+    below.set_xticks([], minor=True)
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.legend()
