@@ -63,13 +63,13 @@ def test_a_calibration_killed_at_twenty_random_moments_ends_at_the_same_table(tm
     draw = random.Random(1)
     data = write_images(tmp_path / "data", num_train=40)
     torch.manual_seed(0)
-    model = iret.create_model("iret_pico", num_classes=4, embed_dims=(32, 32, 32), depths=(1, 1, 1))
+    model = iret.create_model("iret_pico", num_classes=2, embed_dims=(32, 32, 32), depths=(1, 1, 1))
     for stage in model.stages:
         nn.init.normal_(stage.blocks[0].attn.qkv.weight, std=0.3)  # far from uniform, so that thresholds cut
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         model.save_pretrained(folder)
-    command = [sys.executable, "-m", "iret.cli", "calibrate", "--data", str(data), "--trials", "12", "--threads", "1"]
+    command = [sys.executable, "-m", "iret.cli", "calibrate", "--data", str(data), "--trials", "60", "--threads", "1"]
     subprocess.run([*command, str(whole)], env=environment(), check=True, capture_output=True)
     kills: list[tuple] = [("kill", "evaluations_kept")]
     while len(kills) <= NUM_KILLS:
