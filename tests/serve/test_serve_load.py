@@ -22,8 +22,8 @@ def bench():
 
 
 def judged(bench, resident) -> dict:
-    """100 s, 200 images a second; `resident(second)` is seen each second."""
-    samples = [bench.Sample("mixed", 1.0, 0.005 * each, 0.005, 200, 1) for each in range(20_000)]
+    """100 s, 250 images a second; `resident(second)` is seen each second."""
+    samples = [bench.Sample("mixed", 1.0, 0.004 * each, 0.004, 200, 1) for each in range(25_000)]
     names = ["budget 1"] * 40 + ["mixed"] * 40 + ["overload"] * 10 + ["mixed, after overload"] * 10
     return bench.judge_memory([(name, float(second), resident(second)) for second, name in enumerate(names)], samples)
 
@@ -37,7 +37,7 @@ def test_noise_and_a_crowd_that_leaves_again_are_no_growth(bench):
 
 
 def test_a_leak_of_a_kilobyte_an_image_is_seen(bench):
-    found = judged(bench, lambda second: BASE + 1024 * 200 * second)
+    found = judged(bench, lambda second: BASE + 1024 * 250 * second)
     assert found["growth"] < bench.GROWTH  # by itself it would pass
     assert found["bytes_an_image"] == pytest.approx(1024, rel=0.01)
 
