@@ -393,7 +393,7 @@ def test_arrays_are_images_too():
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((1, 3, 4, 4), np.uint8)]
+    "array", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((1, 3, 4, 6), np.uint8)]
 )
 def test_other_arrays_are_refused(array):
     message = f"an array of images is uint8 [Y, X, C] or [B, Y, X, C] with 1, 3 or 4 channels, not {array.dtype} {array.shape}"
