@@ -2,6 +2,10 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -533,3 +537,30 @@ def test_ctrl_c_is_one_sentence(capsys, monkeypatch):
     monkeypatch.setattr("iret.doctor.report", interrupted)
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "iret: stopped.\n"
+
+
+def test_a_command_that_is_told_to_end_clears_away_what_it_began(tmp_path):
+    """SIGTERM, as of `timeout` or a service manager; kill -9 is another matter."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from iret import cli
+
+def wait(args):
+    scratch = Path({str(tmp_path)!r}, "scratch")
+    try:
+        scratch.touch()
+        time.sleep(60)
+    finally:
+        scratch.unlink()
+
+cli.VERBS["list"] = wait
+sys.exit(cli.main(["list"]))
+"""
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        while not (tmp_path / "scratch").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert not (tmp_path / "scratch").exists()

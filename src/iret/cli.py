@@ -4,14 +4,15 @@ Nothing heavy is imported before a verb needs it.
 """
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from iret.arguments import build_parser
 from iret.verbs import dial, learning, looking, paging, serving, shipping
 from iret.verbs.console import fail
 
-LONG_VERBS = ("train", "eval", "calibrate", "bench", "card", "demo")
 VERBS = {
     "predict": looking.do_predict,
     "train": learning.do_train,
@@ -34,9 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     args.words = words
-    if args.verb in LONG_VERBS:
-        # libgomp's barriers spin, which slows two threads 10 to 30 times beside another busy process; read when torch loads.
-        os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # libgomp's barriers spin, which slows two threads 10 to 30 times beside another busy process; read when torch loads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+        )  # what was begun is cleared away on the way out
     try:
         return VERBS[args.verb](args)
     except KeyboardInterrupt:

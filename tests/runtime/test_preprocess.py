@@ -392,9 +392,11 @@ def test_arrays_are_images_too():
     assert np.array_equal(grey[0], np.stack([expected[0]] * 3))
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8)])
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((1, 3, 4, 6), np.uint8)]
+)
 def test_other_arrays_are_refused(array):
-    message = f"an array of images is uint8 [Y, X, C] or [B, Y, X, C], not {array.dtype} {array.shape}"
+    message = f"an array of images is uint8 [Y, X, C] or [B, Y, X, C] with 1, 3 or 4 channels, not {array.dtype} {array.shape}"
     with pytest.raises(ValueError, match=re.escape(message)):
         plain(4, 4)(array)
 

@@ -1,6 +1,7 @@
 """A session answering a micro-batch: each image at its own budget, each mistake its own."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from pretend import FULL, POINTS, PretendSession, photo
 
-from iret.runtime.points import DeviceTable
+from iret.runtime.points import DeviceTable, Plan
+from iret.runtime.timing import estimate_image
 from iret.serve.asks import Ask
 from iret.serve.computer import FORMATS, Computer, Job, Result, Supply, read_photo
 from iret.serve.refusal import Refusal
@@ -110,17 +112,27 @@ def test_without_a_clock_a_battery_goes_by_estimated_joules():
     assert 0.25 <= half.budget < 1.0
 
 
+def test_without_a_clock_joules_are_those_of_what_images_did_as_a_clock_would_estimate_them():
+    """Images that leave early read no weights of later stages: the mean image hides that."""
+    plans = (Plan((16,), (0,)), Plan((16, 8, 4), (0, 8, 4)))
+    points = replace(POINTS, points=tuple(replace(point, plans=plans) for point in POINTS.points))
+    session = PretendSession(points)
+    told = Computer(session, max_pixels=10_000).describe()
+    expected = np.mean([estimate_image(session.shape, "float32", points.points[0], plan) for plan in plans])
+    assert told["points"][0]["joules"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("session", "ask", "sentence"),
     [
-        (PretendSession(), {"budget": 0.1}, "below what this model can do, 0.250"),
+        (PretendSession(), {"budget": 0.1}, "below what this model can do, 0.250; ask for more"),
         (PretendSession(), {"ms": 3.0}, "start `iret serve` with --measure"),
         (PretendSession(None), {"budget": 0.5}, "this model has no operating points; give 1, or none"),
         (PretendSession(None), {"joules": 3.0}, "the clock of this machine was not measured"),
         (PretendSession(None), {"battery_percent": 3.0}, "needs operating points"),
         (PretendSession(is_single=True), {"exit_confidence": 0.5}, "a single graph"),
         (PretendSession(is_single=True), {"deadline_ms": 5.0}, "a single graph"),
-        (measured(), {"ms": 1.0}, "below the cheapest operating point"),
+        (measured(), {"ms": 1.0}, "below the cheapest operating point on this machine, 2; ask for more"),
     ],
     ids=lambda value: "" if isinstance(value, PretendSession) else str(value),  # no address: workers collect alike
 )

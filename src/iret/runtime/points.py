@@ -170,7 +170,7 @@ class OperatingPoints:
         if budget < self.cheapest_budget:
             raise ValueError(
                 f"budget={budget:g} is below the cheapest operating point of this model, "
-                f"{_round_up(self.cheapest_budget)} of its MACs; ask for that or more, or give thresholds above "
+                f"{round_up(self.cheapest_budget)} of its MACs; ask for that or more, or give thresholds above "
                 f"{self.points[-1].thresholds}."
             )
         shares, ladder = self.shares, self._ladder
@@ -222,7 +222,7 @@ class OperatingPoints:
             least, share = min(zip(getattr(menu, unit), menu.budget, strict=True))
             raise ValueError(
                 f"{unit}={asked:g} is below the cheapest operating point on this device, {least:.4g} {unit} at "
-                f"{_round_up(share)} of the MACs; ask for that or more, give --budget {_round_up(share)} (in Python "
+                f"{round_up(share)} of the MACs; ask for that or more, give --budget {round_up(share)} (in Python "
                 f"budget=) in its place, or measure again with {remedy} if this machine was busy then."
             )
         return budget
@@ -304,7 +304,7 @@ def _best_within(menu: Menu, unit: str, limit: float) -> float | None:
     return -max(fit)[2] if fit else None
 
 
-def _round_up(share: float) -> str:
+def round_up(share: float) -> str:
     """To three digits, such that it can be asked for."""
     return f"{math.ceil(1e3 * share) / 1e3:.3f}"
 

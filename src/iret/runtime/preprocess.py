@@ -147,9 +147,10 @@ class Preprocess:
     def __call__(self, images: Source | Sequence[Source] | np.ndarray) -> np.ndarray:
         """float32 [B, C, Y, X] from one photo, a list of them, or uint8 [Y, X, C] or [B, Y, X, C] of any size."""
         if isinstance(images, np.ndarray):
-            if images.dtype != np.uint8 or images.ndim not in (3, 4):
+            if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] not in (1, 3, 4):
                 raise ValueError(
-                    f"an array of images is uint8 [Y, X, C] or [B, Y, X, C], not {images.dtype} {images.shape}."
+                    "an array of images is uint8 [Y, X, C] or [B, Y, X, C] with 1, 3 or 4 channels, not "
+                    f"{images.dtype} {images.shape}."
                 )
             batch = images[None] if images.ndim == 3 else images
             sources: list = [Image.fromarray(each.squeeze(-1) if each.shape[-1] == 1 else each) for each in batch]

@@ -126,6 +126,9 @@ class Session:
         ]
         self._paces, self._in_turn = Paces(len(self.shape.depths)), Lock()
 
+    def __repr__(self) -> str:
+        return f"Session({str(self._folder)!r}, {self.engine!r}, threads={self.threads})"
+
     @property
     def shape(self) -> Shape:
         return self.bundle.shape
@@ -364,13 +367,13 @@ class Session:
         return record, stage_logits, importance.reshape(num_stages - 1, batch, *shape.grid)
 
     def _read(self, images: Source | Sequence[Source] | np.ndarray) -> np.ndarray:
-        if not (isinstance(images, np.ndarray) and images.dtype == np.float32):
+        if not isinstance(images, np.ndarray) or images.dtype == np.uint8:
             return self.bundle.preprocess(images)
         wanted = (self.shape.in_chans, *self.shape.img_size)
-        if images.ndim != 4 or not len(images) or images.shape[1:] != wanted:
+        if images.dtype != np.float32 or images.ndim != 4 or not len(images) or images.shape[1:] != wanted:
             raise ValueError(
-                f"images are float32 {images.shape}; this bundle takes float32 [B, {', '.join(map(str, wanted))}], B 1 or more, "
-                "or photos."
+                f"images are {images.dtype} {images.shape}; this bundle takes float32 [B, {', '.join(map(str, wanted))}], B 1 "
+                "or more, or photos, of which an array is uint8 [Y, X, C] or [B, Y, X, C]."
             )
         if not np.isfinite(images.sum()):
             raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")

@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import secrets
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,9 +20,9 @@ from PIL import Image
 
 from iret.runtime.controller import Controller, Goal, Menu, Reading
 from iret.runtime.cost import full_macs
-from iret.runtime.points import DeviceTable, Point
+from iret.runtime.points import DeviceTable, Point, round_up
 from iret.runtime.preprocess import open_image
-from iret.runtime.timing import estimate_work
+from iret.runtime.timing import estimate_image, estimate_work
 from iret.serve.asks import Ask
 from iret.serve.refusal import Refusal
 
@@ -172,7 +173,7 @@ class Computer:
             cheapest = 0.0 if session.points is None else session.points.cheapest_budget
             if ask.budget < cheapest:
                 raise Refusal(
-                    422, f"budget={ask.budget:g} is below what this model can do, {cheapest:.3f}; ask for more."
+                    422, f"budget={ask.budget:g} is below what this model can do, {round_up(cheapest)}; ask for more."
                 )
         return ask.budget
 
@@ -184,7 +185,14 @@ class Computer:
                 f"{name}={value:g}: the clock of this machine was not measured; start `iret serve` with --measure, or give "
                 "a budget.",
             )
-        return self._session.budget_for(**{name: value})
+        try:
+            return self._session.budget_for(**{name: value})
+        except ValueError as error:
+            least = min(getattr(self._session.points.menu(self._session.device), name))
+            raise Refusal(
+                422,
+                f"{name}={value:g} is below the cheapest operating point on this machine, {least:.4g}; ask for more.",
+            ) from error
 
     def _by_battery(self, percent: float, hours: float) -> float:
         """The controller's choice for so much battery and so long to go, at the stated rate."""
@@ -279,7 +287,10 @@ class Computer:
         return estimate_work(session.shape, session.bundle.precision, macs, kept, refined)
 
     def _point_joules(self, point: Point) -> float:
-        return self._joules(point.macs_mean, [round(count) for count in point.kept_mean], None)
+        if not point.plans:
+            return self._joules(point.macs_mean, [round(count) for count in point.kept_mean], None)
+        shape, precision = self._session.shape, self._session.bundle.precision
+        return statistics.mean(estimate_image(shape, precision, point, plan) for plan in point.plans)
 
     def _table(self) -> DeviceTable | None:
         """What this machine's clock measured, if it did."""
