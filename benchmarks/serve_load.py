@@ -3,7 +3,7 @@
     python benchmarks/serve_load.py --bundle BUNDLE --seconds 120 --out results/...      run it alone on the machine
 
 Clients are connections of this process that send one request after another (a closed loop), so client and server share the
-cores: throughput is a lower bound of the server's. Each request is one small PNG of the model's own size, made of noise.
+cores: throughput is a lower bound of the server's. Each request is one of 64 small PNGs, made-up blobs.
 
 steady    for each budget and for all of them mixed: images a second, latency, images computed together; nothing but 200
 overload  four times as many clients as there are places: nothing but 200 and 429
@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ BUDGETS = (1.0, 0.75, 0.5, 0.35)
 CLIENTS = 16
 GROWTH = 0.05
 LEAK_BYTES = 512.0  # an answered image
+NUM_PHOTOS = 64
 ENOUGH = 20_000  # images, to judge a leak by: buffers of batches that had not come before take some 10 MB in all
 REST_S = 0.02  # of a client that was sent away
 
@@ -70,11 +72,11 @@ class Sample:
 class Client:
     """One connection after another to the server."""
 
-    def __init__(self, port: int, photo: bytes) -> None:
-        self._port, self._photo = port, photo
+    def __init__(self, port: int) -> None:
+        self._port = port
         self._reader: asyncio.StreamReader | None = None
 
-    async def ask(self, phase: str, budget: float) -> Sample:
+    async def ask(self, phase: str, budget: float, photo: bytes) -> Sample:
         began = time.monotonic()
         status, batch = -1, 0
         try:
@@ -82,7 +84,7 @@ class Client:
                 self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
             status = 0
             head = f"POST /v1/predict?budget={budget:g}&top=1 HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
-            self._writer.write(f"{head}Content-Length: {len(self._photo)}\r\n\r\n".encode() + self._photo)
+            self._writer.write(f"{head}Content-Length: {len(photo)}\r\n\r\n".encode() + photo)
             answer = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
             body = await self._reader.readexactly(int(answer.split("content-length: ")[1].split("\r\n")[0]))
             status = int(answer.split()[1])
@@ -138,14 +140,16 @@ class Load:
                 pass
         return found
 
-    async def run(self, phase: str, budgets: tuple[float, ...], seconds: float, clients: int, photo: bytes) -> None:
+    async def run(
+        self, phase: str, budgets: tuple[float, ...], seconds: float, clients: int, photos: Sequence[bytes]
+    ) -> None:
         """`clients` ask one after another for so long; every request is noted."""
         until, draw = time.monotonic() + seconds, random.Random(phase)
 
         async def ask_on() -> None:
-            client = Client(self.port, photo)
+            client = Client(self.port)
             while time.monotonic() < until:
-                sample = await client.ask(phase, draw.choice(budgets))
+                sample = await client.ask(phase, draw.choice(budgets), draw.choice(photos))
                 self.samples.append(sample)
                 if sample.status != 200:
                     await asyncio.sleep(REST_S)
@@ -169,9 +173,9 @@ class Load:
                 kills += 1
         return kills
 
-    async def end(self, photo: bytes) -> tuple[float, int]:
+    async def end(self, photos: Sequence[bytes]) -> tuple[float, int]:
         """SIGTERM while clients ask; when it was sent, and the exit status."""
-        load = asyncio.create_task(self.run("end", BUDGETS, 3.0, CLIENTS, photo))
+        load = asyncio.create_task(self.run("end", BUDGETS, 3.0, CLIENTS, photos))
         await asyncio.sleep(1.0)
         told = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
@@ -186,36 +190,40 @@ class Load:
         return float(next(line.split()[-1] for line in lines if line.startswith(name)))
 
 
-def make_photo(port: int) -> bytes:
+def make_photos(port: int) -> list[bytes]:
+    """PNGs of blobs of all sizes and colours: like photos, and unlike one noise, they do not all keep as many patches."""
     from urllib.request import urlopen
 
     with urlopen(f"http://127.0.0.1:{port}/v1/model") as answer:
-        model = json.load(answer)
-    pixels = np.random.default_rng(0).integers(0, 256, (*model["img_size"], 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+        rows, columns = json.load(answer)["img_size"]
+    draw, photos = np.random.default_rng(0), []
+    for _ in range(NUM_PHOTOS):
+        cells = draw.integers(0, 256, (*draw.integers(2, 1 + min(rows, columns) // 2, 2), 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(cells).resize((columns, rows), Image.Resampling.BICUBIC).save(file, "PNG")
+        photos.append(file.getvalue())
+    return photos
 
 
 async def drive(load: Load, seconds: float, queue: int, workers: int) -> dict:
     """All phases in `seconds`; what must hold, and whether it did."""
-    photo = await asyncio.to_thread(make_photo, load.port)
-    await load.run("warm-up", BUDGETS, seconds / 12, CLIENTS, photo)
+    photos = await asyncio.to_thread(make_photos, load.port)
+    await load.run("warm-up", BUDGETS, seconds / 12, CLIENTS, photos)
     for budget in BUDGETS:
-        await load.run(f"budget {budget:g}", (budget,), seconds / 10, CLIENTS, photo)
-    await load.run("mixed", BUDGETS, seconds * 0.3, CLIENTS, photo)
-    await load.run("overload", BUDGETS, seconds / 10, 4 * queue, photo)
-    await load.run("mixed, after overload", BUDGETS, seconds / 10, CLIENTS, photo)
+        await load.run(f"budget {budget:g}", (budget,), seconds / 10, CLIENTS, photos)
+    await load.run("mixed", BUDGETS, seconds * 0.3, CLIENTS, photos)
+    await load.run("overload", BUDGETS, seconds / 10, 4 * queue, photos)
+    await load.run("mixed, after overload", BUDGETS, seconds / 10, CLIENTS, photos)
     spell = seconds / 10
     killed, _ = await asyncio.gather(
-        load.kill_on(spell, max(0.5, spell / 8)), load.run("kills", BUDGETS, spell, CLIENTS, photo)
+        load.kill_on(spell, max(0.5, spell / 8)), load.run("kills", BUDGETS, spell, CLIENTS, photos)
     )
     for _ in range(100):  # the last of them may still be loading
         if load.metric("iret_worker_restarts_total") >= killed and load.metric("iret_workers ") == workers:
             break
         await asyncio.sleep(0.1)
     restarts = load.metric("iret_worker_restarts_total")
-    told, code = await load.end(photo)
+    told, code = await load.end(photos)
     by_phase = {name: Counter(s.status for s in group) for name, group in grouped(load.samples)}
     before = [sample for sample in load.samples if sample.phase == "end" and sample.sent_s < told]
     memory = judge_memory(load.memory, load.samples)
