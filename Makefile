@@ -64,7 +64,7 @@ soak: $(VENV)/.installed-dev
 	$(TEST_ENV) $(VENV)/bin/python -c "import json; from iret import doctor; print(json.dumps(doctor.report(), indent=1))" > $$out/env.json; \
 	verdict=passed; \
 	IRET_SOAK_OUT="$(CURDIR)/$$out" $(PYTEST) --no-header -v --durations=0 -m soak $(TEST_FLAGS) 2>&1 \
-		| sed 's#$(CURDIR)#.#g' | tee $$out/soak.log || verdict=FAILED; \
+		| sed -E 's#$(CURDIR)#.#g; s#/[^ :]*/lib/python3#lib/python3#g; s#/tmp/pytest-of-[^/]*#TMP#g' | tee $$out/soak.log || verdict=FAILED; \
 	{ echo "# Soak"; echo; echo "Command: \`make soak\`. Verdict: $$verdict. What ran, and how long: \`soak.log\`."; } > $$out/README.md; \
 	echo "$$verdict; kept in $$out"; [ $$verdict = passed ]
 

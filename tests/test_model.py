@@ -17,10 +17,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 import models
-from iret.doctor import describe_device
 from iret.model import Iret
 from iret.runtime.cost import LIFTINGS, full_macs, macs
-from iret.runtime.points import FILE_NAME as POINTS_NAME, DeviceTable, OperatingPoints, Point, Setting
+from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, Point, Setting
 from iret.vit import lay_out
 
 ROUNDING = 2e-5  # float32 through three stages, logits of a few units
@@ -630,20 +629,9 @@ def test_milliseconds_and_joules_are_looked_up_for_this_device():
     model.points = made_up_points(model)
     with pytest.raises(ValueError, match="no clock was measured on this device .*--device-only"):
         model(images, ms=3.0)
-    table = DeviceTable(
-        device=describe_device(torch.device("cpu"), "float32"),
-        ms_mean=(8.0, 4.0, 2.0),
-        ms_p50=(8.0, 4.0, 2.0),
-        ms_p95=(8.0, 4.0, 2.0),
-        joules=(0.8, 0.4, 0.2),
-        energy_source="",
-        energy_scope="",
-        energy_kind="estimated",
-        rounds=1,
-    )
-    model.points = model.points.with_device(table)
+    model.points = model.points.with_device(models.made_up_clock())
     assert torch.equal(model(images, ms=3.0), model(images, budget=0.375))
-    assert torch.equal(model(images, joules=0.4), model(images, budget=0.5))
+    assert torch.equal(model(images, joules=0.04), model(images, budget=0.5))
     with pytest.raises(ValueError, match="give one of budget, ms and joules"):
         model(images, budget=0.5, ms=3.0)
     with pytest.raises(ValueError, match="give one of ms and joules"):

@@ -85,7 +85,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, tokens: Dense) -> Tensor:
-    """The same in products and a softmax: exporters write the fused kernel in twice as many steps, every size left open."""
+    """The same in products and a softmax: exporters write the fused kernel in many more steps, every size left open."""
     return (_logits(q, k, tokens).softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 from iret.arguments import build_parser
 from iret.verbs import dial, learning, looking, paging, serving, shipping
@@ -30,6 +31,11 @@ VERBS = {
 }
 
 
+def end(number: int, _: object) -> NoReturn:
+    """Leave on a signal as on a mistake, so that what was begun is cleared away on the way out."""
+    sys.exit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -38,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # libgomp's barriers spin, which slows two threads 10 to 30 times beside another busy process; read when torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-        )  # what was begun is cleared away on the way out
+        signal.signal(signal.SIGTERM, end)
     try:
         return VERBS[args.verb](args)
     except KeyboardInterrupt:
