@@ -1,12 +1,12 @@
-"""A plain ViT of the same MACs as a preset, trained with the same recipe on the same data for the same time.
+"""A plain ViT of the same MACs as a preset, trained with the same recipe on the same data for the same time or epochs.
 
 The baseline that a model with a dial has to be held against: what would a static model of its full cost have reached?
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/static_vit.py --recipe cifar10_pico_cpu \
-        --data DATA --minutes 100 --out results/...
+        --data DATA --minutes 100 --out results/...          or --epochs instead of --minutes
 
-The width is the multiple of 4 (heads) that comes closest in MACs at the same depth. The first steps are timed and fix how
-many steps the minutes given make on an idle machine: leave it alone for that first minute. What runs beside the rest of the
+The width is the multiple of 4 (heads) that comes closest in MACs at the same depth. With `--minutes`, the first steps after an
+epoch are timed and fix how many steps these make on an idle machine: leave it alone until then. What runs beside the rest of the
 training, or pauses it, changes nothing in its result; a leg that was stopped goes on with the same command.
 """
 
@@ -39,7 +39,7 @@ from iret.weights import write_weights
 from iret.zoo import create_model
 
 NUM_HEADS = 4
-WARM_STEPS, TIMED_STEPS = 10, 60
+TIMED_STEPS = 60
 PLAN_NAME = "plan.json"
 
 
@@ -96,13 +96,16 @@ def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data:
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = make_optimizer(recipe, model)
     progress, plan, starts = Progress(num_processes=fabric.world_size, machine=doctor.processor_name()), None, []
+    steps_per_epoch = len(data) // recipe.batch_size
+    if args.epochs:
+        plan = {"steps": round(args.epochs * steps_per_epoch)}
     if (out / STATE_NAME).exists():
         progress = load_state(out, model, ema, optimizer, recipe, 0)
-        plan = json.loads((out / PLAN_NAME).read_text())
+        plan = plan or json.loads((out / PLAN_NAME).read_text())
     elif fabric.is_global_zero:
         (out / "samples.csv").write_text("step,loss\n")
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
-    warmup_steps, steps_per_epoch = recipe.warmup_epochs * len(data) / recipe.batch_size, len(data) // recipe.batch_size
+    warmup_steps, warm_steps = recipe.warmup_epochs * len(data) / recipe.batch_size, steps_per_epoch
     leg_started = saved_at = time.monotonic()
     while True:
         epoch, start = divmod(progress.step, steps_per_epoch)
@@ -118,8 +121,8 @@ def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data:
         ):
             step = progress.step
             starts.append(time.perf_counter())
-            if plan is None and len(starts) > WARM_STEPS + TIMED_STEPS:
-                step_s = (starts[-1] - starts[WARM_STEPS]) / TIMED_STEPS
+            if plan is None and len(starts) > warm_steps + TIMED_STEPS:
+                step_s = (starts[-1] - starts[warm_steps]) / TIMED_STEPS
                 step_s = fabric.broadcast(step_s)  # the first process's clock: all plan alike
                 plan = {"seconds_per_step": step_s, "steps": round(60 * args.minutes / step_s)}
                 if fabric.is_global_zero:
@@ -156,7 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--minutes", type=float, required=True, help="undisturbed training time of the other model")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="undisturbed training time of the other model")
+    length.add_argument("--epochs", type=float, help="as many as the other model had")
     parser.add_argument(
         "--stop-after", type=float, metavar="MINUTES", help="end this leg early; the same command goes on"
     )

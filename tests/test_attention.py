@@ -106,9 +106,14 @@ def test_varlen_equals_the_padded_reference_on_cuda(dtype):
         pytest.skip("needs CUDA: flash attention of ragged batches runs nowhere else")
     torch.manual_seed(0)
     starts = torch.tensor([0, 5, 70, 71, 268], device="cuda")
-    q, k, v = (torch.randn(268, 6, 64, device="cuda", dtype=dtype) for _ in range(3))
-    got = attend_varlen(q, k, v, starts, 197, None)
-    torch.testing.assert_close(got, attend_padded(q, k, v, starts, 197, None), rtol=0.02, atol=0.02)  # half precision
+    qkv = [torch.randn(268, 6, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+    weights = torch.randn(268, 6, 64, device="cuda", dtype=dtype)
+    results = []
+    for backend in (attend_varlen, attend_padded):
+        out = backend(*qkv, starts, 197, None)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), qkv)))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)  # half precision
 
 
 @pytest.mark.parametrize(

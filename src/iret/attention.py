@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from iret.tokens import Tokens, pad_index
+from iret.tokens import Tokens, pad_index, places_in_padded
 
 try:
     from torch.nn.attention import varlen
@@ -63,8 +63,9 @@ def attend(
         bias = None if bias_T is None else bias_T.view(tokens.batch_size, 1, 1, -1)
         return _fused(q, k, v, bias).flatten(0, 1)
     if torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling():
-        # its gradient is fused; the operator's is for the compiler
-        return attend_padded(q, k, v, tokens.starts, tokens.width, bias_T)
+        # their gradients are fused; the operator's is for the compiler
+        is_varlen = choose_backend(q.device.type, q.dtype, bias_T is not None) is attend_varlen
+        return (attend_varlen if is_varlen else attend_padded)(q, k, v, tokens.starts, tokens.width, bias_T)
     return torch.ops.iret.attend(q, k, v, tokens.starts, tokens.width, bias_T)
 
 
@@ -100,9 +101,12 @@ def _logits(q: Tensor, k: Tensor, tokens: Dense) -> Tensor:
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None) -> Tensor:
     """Every image padded to `width`, the longest, with a key mask: the reference, and what always works."""
-    index, is_live = pad_index(starts, width)
-    out = _fused(q[index], k[index], v[index], _key_mask(is_live, index, bias_T, q.dtype))
-    return out[is_live]
+    batch, place_T = len(starts) - 1, places_in_padded(starts, width, len(q))
+    q, k, v = (x.new_zeros(batch * width, *x.shape[1:]).index_copy(0, place_T, x) for x in (q, k, v))
+    mask = q.new_full((batch * width,), float("-inf"))
+    mask = mask.index_fill(0, place_T, 0.0) if bias_T is None else mask.index_copy(0, place_T, bias_T)
+    q, k, v = (x.unflatten(0, (batch, width)) for x in (q, k, v))
+    return _fused(q, k, v, mask.view(batch, 1, 1, width)).flatten(0, 1).index_select(0, place_T)
 
 
 def attend_each(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, bias_T: Tensor | None) -> Tensor:
@@ -246,7 +250,9 @@ def _over_patches(q_BQHE: Tensor, k: Tensor, tokens: Tokens, query_is_live: Tens
         alive = query_is_live[..., None].float()
         weights = (weights.mean(1) * alive).sum(1) / alive.sum(1)
     weights = F.pad(weights, (1, 0))
-    return weights.flatten() if is_live is None else weights[pad_index(tokens.starts, weights.shape[1])[1]]
+    if is_live is None:
+        return weights.flatten()
+    return weights.flatten().index_select(0, places_in_padded(tokens.starts, weights.shape[1], len(k)))
 
 
 IMPORTANCE_FUNCTIONS = {"cls": class_row, "column": column_mean}

@@ -64,3 +64,10 @@ def pad_index(starts: Int[Tensor, " B1"], width: int) -> tuple[Int[Tensor, "B wi
     places = torch.arange(width, device=starts.device)
     is_live = places < starts.diff()[:, None]
     return (starts[:-1, None] + places) * is_live, is_live
+
+
+def places_in_padded(starts: Int[Tensor, " B1"], width: int, count: int) -> Int[Tensor, " T"]:
+    """Where each of `count` packed tokens stands when every image is padded to `width`, in [0, B * width)."""
+    images = torch.arange(len(starts) - 1, device=starts.device)
+    gap_B = images * width - starts[:-1]
+    return torch.arange(count, device=starts.device) + gap_B.repeat_interleave(starts.diff(), output_size=count)

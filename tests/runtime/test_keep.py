@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from iret.runtime.keep import RULES, check_rule, keep, read_strengths
+from iret.runtime.keep import RULES, check_rule, keep, keep_best, read_strengths
 
 DEAD = -np.inf
 
@@ -142,6 +142,12 @@ def test_mass_keeps_the_fewest_that_hold_enough(importance, strength):
     assert share[kept].sum() >= 1 - strength - slack
     if strength > 0:  # without its smallest member it would not be enough
         assert share[kept].sum() - share[kept].min() < 1 - strength
+
+
+def test_of_equal_patches_the_lower_cells_are_best_in_every_image():
+    importance = np.array([[1.0, 2.0, 1.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0, -np.inf], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    best = keep_best(importance, np.array([3, 2, 0]))
+    assert best.tolist() == [[True, True, False, True, False], [True, True, False, False, False], [False] * 5]
 
 
 def test_an_unknown_rule_lists_the_known_ones():

@@ -6,6 +6,7 @@ Images are 4 x 4 px of one grey value, so that a row can be told by its pixels.
 import io
 import json
 import sys
+from dataclasses import replace
 from itertools import chain
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -391,12 +392,34 @@ def test_an_incomplete_batch_is_dropped_on_request(numbered):
 
 
 def test_going_on_in_mid_epoch_decodes_nothing_before(numbered, monkeypatch):
-    whole = rows(numbered, 8)
     decoded = []
     open_image = data_module.open_image
     monkeypatch.setattr(data_module, "open_image", lambda source: decoded.append(source) or open_image(source))
-    assert rows(numbered, 8, start_batch=5) == whole[5:]
+    rest = rows(numbered, 8, start_batch=5)
     assert len(decoded) == 10
+    assert rest == rows(numbered, 8)[5:]
+
+
+def test_what_was_decoded_is_kept_if_all_of_it_is_small(numbered, monkeypatch):
+    first = [numbered[index] for index in range(len(numbered))]
+    monkeypatch.setattr(numbered, "read", None)  # nothing may be read again
+    for index, (pixels, label) in enumerate(first):
+        again = numbered[index]
+        assert torch.equal(again[0], pixels) and again[1] == label
+
+
+def test_large_data_is_decoded_when_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(data_module, "MAX_HELD_BYTES", 2 * 3 * 8 * 8 - 1)
+    reads: list[int] = []
+
+    def read(row):
+        reads.append(row)
+        return np.zeros((8, 8, 3), dtype=np.uint8), 0
+
+    images = data_module.ImageData(range(2), read, ["only"], replace(PLAIN, img_size=(8, 8)), "stop")
+    for index in (0, 0, 1):
+        images[index]
+    assert reads == [0, 0, 1]
 
 
 def test_data_can_be_sent_to_a_worker_that_shares_no_memory(numbered, tmp_path):

@@ -342,6 +342,15 @@ def test_a_recipe_for_other_stages_is_refused(tmp_path: Path) -> None:
         train(replace(TINY, stage_weights=(0.3,)), RunOptions(data=data, out=tmp_path / "out", device="cpu"))
 
 
+def test_held_out_images_are_looked_at_as_often_as_the_recipe_says_and_at_the_end(tmp_path: Path) -> None:
+    data, out = str(write_images(tmp_path / "data")), tmp_path / "out"
+    report = train(replace(TINY, epochs=5.0, eval_epochs=2), RunOptions(data=data, out=out, device="cpu"))
+    with (out / "log.csv").open(newline="") as file:
+        looked_at = [int(row["step"]) + 1 for row in csv.DictReader(file) if row["accuracy"]]
+    epoch = report.num_steps // 5
+    assert looked_at == [2 * epoch, 4 * epoch, 5 * epoch]
+
+
 def test_a_warm_up_never_exceeds_the_learning_rate(tmp_path: Path) -> None:
     data, out = str(write_images(tmp_path / "data", num_train=24)), tmp_path / "out"
     train(replace(TINY, warmup_epochs=0.5), RunOptions(data=data, out=out, device="cpu"))  # one and a half steps

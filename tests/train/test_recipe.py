@@ -41,8 +41,8 @@ def test_what_decides_a_run_has_no_default(missing):
         (
             "cifar10_pico",
             "cifar10_pico_cpu",
-            "name epochs batch_size lr warmup_epochs ema_decay drop_path_rate precision rand_augment mixup cutmix "
-            "full_until sampled_until",
+            "name epochs batch_size lr warmup_epochs ema_decay drop_path_rate precision eval_epochs rand_augment mixup "
+            "cutmix full_until sampled_until",
         ),
         ("tiny_imagenet_nano", "cifar10_pico", "name model epochs crop_padding"),
     ],

@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from iret.runtime.keep import ROUNDING_SHARE, check_rule, keep_one
+from iret.runtime.keep import ROUNDING_SHARE, check_rule, keep
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,15 @@ def _keep(importance_T: np.ndarray, layout: Layout, strength: np.ndarray, rule: 
     else:
         kept = importance_T >= (strength - ROUNDING_SHARE).repeat(layout.counts)
         kept[starts[:-1]] = False
-        short = np.add.reduceat(kept, starts[:-1], dtype=np.int64) < min_keep  # sorting only where the floor is reached
-    for image in short.nonzero()[0]:
-        patches = slice(starts[image] + 1, starts[image + 1])
-        kept[patches] = keep_one(importance_T[patches], strength[image], rule, min_keep)
+        short = np.add.reduceat(kept, starts[:-1], dtype=np.int64) < min_keep
+    images = short.nonzero()[0]
+    if len(images):  # sorting only here, and where the floor is reached
+        first, sizes = starts[images] + 1, layout.counts[images] - 1
+        places = np.arange(sizes.max())
+        is_there = places < sizes[:, None]
+        index = first[:, None] + places * is_there
+        kept_BN = keep(np.where(is_there, importance_T[index], -np.inf), strength[images], rule, min_keep)
+        kept[index[is_there]] = kept_BN[is_there]
     return kept
 
 

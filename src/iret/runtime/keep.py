@@ -30,26 +30,41 @@ def keep(importance: np.ndarray, strength: np.ndarray, rule: str = "threshold", 
     lower cell first.
     """
     check_rule(rule)
-    return np.array([keep_one(row, at, rule, min_keep) for row, at in zip(importance, strength, strict=True)])
-
-
-def keep_one(importance: np.ndarray, strength: float, rule: str, min_keep: int) -> np.ndarray:
-    """Kept patches of one image, bool [N], of importance [N]; see `keep`."""
     live = importance > -np.inf
-    order = np.argsort(-importance, kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    kept = rank < min_keep
     if rule == "threshold":
-        kept |= importance >= strength - ROUNDING_SHARE
+        kept = live & (importance >= (strength - ROUNDING_SHARE)[:, None])
     elif rule == "topk":
-        kept |= rank < np.ceil((1 - strength) * live.sum() - ROUNDING_PATCHES)
+        kept = keep_best(importance, np.ceil((1 - strength) * live.sum(1) - ROUNDING_PATCHES))
     else:
-        share = np.where(live, importance, 0.0)
-        ordered = share[order] / share.sum()
-        held_before = np.cumsum(ordered) - ordered
-        kept |= (held_before < 1 - strength - ROUNDING_SHARE)[rank] | (strength <= 0)
-    return kept & live
+        kept = live & _hold_mass(np.where(live, importance, 0.0), strength)
+    short = kept.sum(1) < min_keep
+    if short.any():
+        kept[short] |= keep_best(importance[short], np.full(short.sum(), min_keep))
+    return kept
+
+
+def keep_best(importance: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The `count` [B] best live patches of each image, of equal ones the lower cell first; bool [B, N] of [B, N]."""
+    if not importance.shape[1]:
+        return np.zeros(importance.shape, dtype=bool)
+    last = np.clip(count.astype(np.int64), 1, importance.shape[1]) - 1
+    least = -np.take_along_axis(np.sort(-importance, axis=1), last[:, None], axis=1)  # values sort faster than places
+    kept, is_tie = importance > least, importance == least
+    room = count - kept.sum(1)
+    if (is_tie.sum(1) > room).any():
+        is_tie &= np.cumsum(is_tie, axis=1) <= room[:, None]
+    return (kept | is_tie) & (importance > -np.inf)
+
+
+def _hold_mass(importance: np.ndarray, strength: np.ndarray) -> np.ndarray:
+    """The fewest patches that hold 1 - `strength` [B] of the attention, bool [B, N]."""
+    order = np.argsort(-importance, axis=1, kind="stable")
+    ordered = np.take_along_axis(importance, order, axis=1) / importance.sum(1, keepdims=True)
+    held_before = np.cumsum(ordered, axis=1) - ordered
+    kept = np.empty(importance.shape, dtype=bool)
+    limit = np.where(strength <= 0, np.inf, 1 - strength - ROUNDING_SHARE)
+    np.put_along_axis(kept, order, held_before < limit[:, None], axis=1)
+    return kept
 
 
 def check_rule(rule: str) -> None:

@@ -64,11 +64,12 @@ def load_state(
     _check_same(saved, json.loads(json.dumps(wanted)), path)
     load_exactly(model, _under("model.", tensors), str(path))
     load_exactly(ema, _under("ema.", tensors), str(path))
-    parameters = dict(model.named_parameters())
+    parameters, is_fused = dict(model.named_parameters()), bool(optimizer.defaults.get("fused"))
     for key, tensor in _under("optimizer.", tensors).items():
         slot, name = key.split(".", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][slot] = tensor if slot == "step" else tensor.to(parameter.device)
+        is_moved = slot != "step" or is_fused  # the step stays on the host unless the fused optimizer counts it
+        optimizer.state[parameter][slot] = tensor.to(parameter.device) if is_moved else tensor
     return progress
 
 

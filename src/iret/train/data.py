@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from iret.runtime.preprocess import Preprocess, Source, open_image
 from iret.train.digits import ClutteredDigits
@@ -28,7 +28,7 @@ from iret.train.digits import ClutteredDigits
 EMBEDDED = "cluttered-digits"
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 HELD_OUT = 20  # one image in so many is held out where the data has no validation split
-MAX_HELD_BYTES = 2**30  # parquet files of more than this together stay on disk
+MAX_HELD_BYTES = 2**30  # parquet files of more than this together stay on disk, decoded images of more are not kept
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 
@@ -36,7 +36,10 @@ Batch = tuple[UInt8[Tensor, "b C Y X"], Int[Tensor, " b"], int]
 
 
 class ImageData(Dataset):
-    """Images with labels; item i is (uint8 [C, Y, X], label), or None for a corrupt image that is to be skipped."""
+    """Images with labels; item i is (uint8 [C, Y, X], label), or None for a corrupt image that is to be skipped.
+
+    What was decoded is kept where all of it fits into `MAX_HELD_BYTES`: from the second epoch on nothing is decoded again.
+    """
 
     def __init__(
         self,
@@ -52,6 +55,9 @@ class ImageData(Dataset):
         self.rows, self.read, self.preprocess, self.on_corrupt = rows, read, preprocess, on_corrupt
         self.class_names = [str(name) for name in class_names]
         self.split = split  # the one it is, which may stand in for the one that was asked for
+        rows_, columns = preprocess.img_size
+        self._is_kept = len(rows) * 3 * rows_ * columns <= MAX_HELD_BYTES
+        self._decoded: dict[int, tuple[Tensor, int] | None] = {}
 
     @property
     def num_classes(self) -> int:
@@ -61,6 +67,14 @@ class ImageData(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "C Y X"], int] | None:
+        if index in self._decoded:
+            return self._decoded[index]
+        item = self._decode(index)
+        if self._is_kept and get_worker_info() is None:  # a worker ends with the epoch
+            self._decoded[index] = item
+        return item
+
+    def _decode(self, index: int) -> tuple[UInt8[Tensor, "C Y X"], int] | None:
         row = int(self.rows[index])
         source, label = self.read(row)
         try:

@@ -168,7 +168,8 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+    is_fused = all(p.is_cuda for p in model.parameters())  # one launch a step; elsewhere the default is as fast
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=is_fused or None)
 
 
 def fit_batch(recipe: Recipe, num_images: int, num_processes: int) -> Recipe:
@@ -231,12 +232,13 @@ class _Run:
                     skipped=self.progress.skipped + skipped,
                 )
                 advance(step + 1, float(parts["loss"]), len(images) * self.fabric.world_size)
-                is_epoch_end = (step + 1) % self.steps_per_epoch == 0 or step + 1 == self.num_steps
-                if log and (step % LOG_EVERY == 0 or is_epoch_end):
+                is_last = step + 1 == self.num_steps
+                is_looked_at = is_last or (step + 1) % (self.recipe.eval_epochs * self.steps_per_epoch) == 0
+                if log and (step % LOG_EVERY == 0 or is_looked_at):
                     log.write(step, self._lr(step), parts)
                 if step % LOG_EVERY == 0:
                     return_memory()
-                if log and is_epoch_end:
+                if log and is_looked_at:
                     full, dropped = self._evaluate()
                     log.write_accuracy(step, full, dropped)
                     say(
@@ -244,7 +246,7 @@ class _Run:
                         f"threshold 1 {dropped:.1%}, of {min(EVAL_IMAGES, len(self.held_out))} held-out images"
                     )
                 is_over = self._agree(stop.is_set or self._is_late(started))
-                if is_epoch_end or is_over or now - saved_at > 60 * self.options.checkpoint_minutes:
+                if is_looked_at or is_over or now - saved_at > 60 * self.options.checkpoint_minutes:
                     self._save()
                     saved_at = now
                 if is_over:

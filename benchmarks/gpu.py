@@ -1,0 +1,163 @@
+"""Does dropping save time on a GPU? `iret_small` in bf16 at batch 1, 64 and 256, eager and compiled, raw samples kept.
+
+Every image of a batch does what a held-out image did at one operating point of a calibrated model (`--counts`, scaled to this
+grid), choosing included (`Iret.replay`), at the point that comes closest to the MAC ratio. In turn with it run the
+full model and a static ViT of DeiT-S shape. Peak memory is that of one run beyond weights and images.
+
+    python benchmarks/gpu.py --out results/...        some minutes, most of them compiling; `--device cpu` rehearses it
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from batch import mean_macs, vit_macs
+
+import iret
+from iret import doctor
+from iret.clock import synchronizer
+from iret.measure.latency import Latency, measure_latency, ratio
+from iret.runtime.cost import full_macs
+from iret.runtime.points import Plan, Point
+from iret.vit import VisionTransformer
+from iret.zoo import load
+
+RATIOS = (1.5, 2.5, 4.0)
+MODES = ("eager, autocast", "eager", "compiled")  # the last two with weights in bf16
+WARM_UP = 5  # rounds; the first of a compiled model takes long
+
+
+def plans_by_point(counts: str, model: iret.Iret) -> list[list[Plan]]:
+    """What held-out images did at each operating point of `counts`, scaled to the grid of `model`."""
+    source, cells, least = load(counts), model.shape.num_patches, model.shape.min_keep
+    rows = []
+    for point in source.points.points:
+        rows.append([])
+        for plan in point.plans:
+            kept = [int(np.clip(round(n / source.shape.num_patches * cells), least, cells)) for n in plan.kept]
+            rows[-1].append(Plan(tuple(kept), (0, *kept[1:])))
+    return rows
+
+
+def closest(model: iret.Iret, rows: list[list[Plan]], wanted: float, batch: int) -> list[Plan]:
+    """A batch of plans of one point whose mean MACs come closest to 1 / `wanted` of the full model."""
+    batches = [list(islice(cycle(plans), first, first + batch)) for plans in rows for first in range(len(plans))]
+    return min(batches, key=lambda plans: abs(full_macs(model.shape) / mean_macs(model, plans) - wanted))
+
+
+def peak_mib(call: Callable[[], object]) -> float:
+    """Memory that a call takes beyond what is there."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def candidates(
+    mode: str, batch: int, rows: list[list[Plan]], device: str
+) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
+    """Calls to time, and how many times fewer MACs than the full model each spends."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if "autocast" in mode else torch.bfloat16
+    model = iret.create_model("iret_small").eval().requires_grad_(False).to(device, dtype)
+    static = VisionTransformer().eval().requires_grad_(False).to(device, dtype)
+    images = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
+    point = Point(
+        thresholds=((1.0, 1.0),) * 2, accuracy=0.0, macs_mean=1.0, macs_p95=1.0, kept_mean=(), exit_confidence=1.0
+    )
+    if mode == "compiled":
+        model.compile()
+        static = torch.compile(static)
+    calls: dict[str, Callable[[], object]] = {"full": lambda: model(images), "DeiT-S shape": lambda: static(images)}
+    ratios = {"full": 1.0, "DeiT-S shape": full_macs(model.shape) / vit_macs()}
+    for wanted in RATIOS:
+        plans = closest(model, rows, wanted, batch)
+        calls[f"{wanted:g}"] = lambda plans=plans: model.replay(images, plans, point)
+        ratios[f"{wanted:g}"] = full_macs(model.shape) / mean_macs(model, plans)
+    if "autocast" in mode:
+        calls = {name: _under_autocast(call, device) for name, call in calls.items()}
+    return calls, ratios
+
+
+def _under_autocast(call: Callable[[], object], device: str) -> Callable[[], object]:
+    def run() -> object:
+        with torch.autocast(device, torch.bfloat16):
+            return call()
+
+    return run
+
+
+@torch.inference_mode()
+def measure(args: argparse.Namespace) -> Iterator[list[tuple[dict, Latency]]]:
+    """Rows and raw samples, mode by mode and batch by batch."""
+    rows, wait = plans_by_point(args.counts, iret.create_model("iret_small")), synchronizer(torch.device(args.device))
+    for mode in MODES:
+        for batch in args.batch:
+            calls, ratios = candidates(mode, batch, rows, args.device)
+            for call in calls.values():
+                call()
+            samples = measure_latency(calls, rounds=args.rounds, warm_up=WARM_UP, lead=1, synchronize=wait)
+            found = []
+            for name, latency in samples.items():
+                speedup = ratio(samples["full"], latency).median
+                row = {"mode": mode, "batch": batch, "what": name, "mac_ratio": float(ratios[name])}
+                row |= {"ms": latency.p50_ms, "images_per_s": batch / latency.p50_ms * 1e3, "speedup": speedup}
+                row |= {"share": speedup / ratios[name]}
+                row["peak_mib"] = peak_mib(calls[name]) if args.device == "cuda" else None
+                found.append((row, latency))
+            yield found
+
+
+def write(out: Path, command: str, device: str, rounds: int, measured: list[tuple[dict, Latency]]) -> None:
+    """The table, its rows and the raw samples, as far as they are there."""
+    rows = [row for row, _ in measured]
+    report = {"command": command, "rows": rows, "env": doctor.report()}
+    (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    with (out / "samples.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("what", "round", "seconds"))
+        for row, latency in measured:
+            name = f"{row['mode']}; batch {row['batch']}; {row['what']}"
+            writer.writerows((name, i, f"{s:.9f}") for i, s in enumerate(latency.samples_s))
+    lines = [
+        f"`{command}`: `iret_small`, bf16, {doctor.describe_device(torch.device(device), 'bfloat16')}, torch "
+        f"{torch.__version__}; medians of {rounds} interleaved rounds.",
+        "",
+        "| mode | batch | what | MAC ratio | ms | images/s | times faster than full | share | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {row['mode']} | {row['batch']} | {row['what']} | {row['mac_ratio']:.2f} | {row['ms']:.2f} | "
+            f"{row['images_per_s']:.0f} | {row['speedup']:.2f} | {row['share']:.2f} | "
+            f"{'' if row['peak_mib'] is None else format(row['peak_mib'], '.0f')} |"
+            for row in rows
+        ),
+    ]
+    (out / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--counts", default="iret_pico-cifar10", help="calibrated model that keeps the counts")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    command = (
+        f"python benchmarks/gpu.py --counts {Path(args.counts).name} --rounds {args.rounds} --device {args.device}"
+    )
+    measured: list[tuple[dict, Latency]] = []
+    for found in measure(args):
+        measured += found
+        write(args.out, command, args.device, args.rounds, measured)  # what is measured is kept if the rest is cut off
+    print((args.out / "README.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
