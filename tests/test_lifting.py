@@ -3,6 +3,8 @@
 Spec b.6, acceptance tests 1 to 3.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import pywt
@@ -111,6 +113,68 @@ def test_details_of_chosen_patches_are_a_slice_of_the_details_of_all(operator):
         expected = lifting.details(patches, level)[chosen]
         got = lifting.details(patches[chosen], level)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)  # a matrix product may sum in another order
+
+
+def everything(lifting: Lifting, patches: torch.Tensor) -> torch.Tensor:
+    return torch.cat([lifting.coarse(patches).flatten(), *(bands.flatten() for bands in all_details(lifting, patches))])
+
+
+def test_what_is_made_of_the_weights_alone_is_made_once(monkeypatch):
+    lifting, patches = Lifting("linear", 3, 8, 2), torch.randn(4, 3, 8, 8)
+    with torch.inference_mode():
+        before = everything(lifting, patches)
+        monkeypatch.setattr(LiftingStep, "coarse_matrix", None)  # nothing may be made again
+        assert torch.equal(everything(lifting, patches), before)
+
+
+def add_to_weights(lifting: Lifting) -> Lifting:
+    with torch.no_grad():
+        for weight in lifting.parameters():
+            weight += torch.arange(3.0)
+    return lifting
+
+
+def load_other_weights(lifting: Lifting) -> Lifting:
+    lifting.load_state_dict(add_to_weights(copy.deepcopy(lifting)).state_dict(), assign=True)
+    return lifting
+
+
+def step_an_optimizer(lifting: Lifting) -> Lifting:
+    everything(lifting, torch.ones(1, 3, 8, 8).cumsum(-1)).sum().backward()
+    torch.optim.SGD(lifting.parameters(), lr=1.0).step()
+    return lifting
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        add_to_weights,
+        load_other_weights,
+        step_an_optimizer,
+        lambda lifting: add_to_weights(lifting).double().float(),
+        lambda lifting: add_to_weights(copy.deepcopy(lifting)),
+    ],
+)
+def test_what_is_made_of_the_weights_follows_them(change):
+    lifting, patches = Lifting("linear", 3, 8, 2), torch.randn(4, 3, 8, 8)
+    with torch.inference_mode():
+        before = everything(lifting, patches)
+    lifting = change(lifting)
+    with torch.no_grad():
+        got = everything(lifting, patches)
+    assert not torch.equal(got, before)
+    fresh = Lifting("linear", 3, 8, 2)
+    fresh.load_state_dict(lifting.state_dict())
+    wanted = everything(fresh, patches).detach()
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)  # float32, products in another order under gradients
+
+
+def test_gradients_reach_the_taps_after_a_run_without():
+    lifting, patches = Lifting("linear", 3, 8, 2), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        everything(lifting, patches)
+    everything(lifting, patches).square().sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in lifting.parameters())
 
 
 def test_no_detail_to_choose_from_gives_no_detail():

@@ -154,19 +154,46 @@ class Lifting2d(nn.Module):
         return self.width.inverse(low, high)
 
 
-class LinearLifting2d(Lifting2d):
+class Remembering(nn.Module):
+    """Keeps what is made of the weights alone until one of them changes: many small steps, the same at every run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[str, tuple[object, tuple[Tensor, ...]]] = {}
+        self._held: list[dict[str, nn.Parameter | None]] = []  # where modules below keep their weights, looked up once
+
+    def once(self, name: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `make` gives; made anew where a gradient or a graph of it is wanted."""
+        self._held = self._held or [module._parameters for module in self.modules() if module._parameters]
+        weights = [weight for held in self._held for weight in held.values() if weight is not None]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(weight.is_inference() for weight in weights):
+            return make()
+        state = [(weight.data_ptr(), weight._version) for weight in weights]
+        if name not in self._made or self._made[name][0] != state:
+            with torch.inference_mode(False), torch.no_grad():  # of use, and to be copied, in any mode
+                self._made[name] = state, make()
+        return self._made[name][1]
+
+    def _apply(self, *args, **kwargs):
+        self._made.clear()  # moved or cast: new weights can lie where old ones lay
+        return super()._apply(*args, **kwargs)
+
+
+class LinearLifting2d(Lifting2d, Remembering):
     """The same level where U and P are matrices: two small products, W_height x W_width^T, several times faster.
 
     W stacks the two matrices of `LiftingStep`.
     """
 
     def coarse(self, x: Float[Tensor, "T C Y X"]) -> Float[Tensor, "T C Y//2 X//2"]:
-        return self.height.coarse_matrix().to(x.dtype) @ (x @ self.width.coarse_matrix().mT.to(x.dtype))
+        height, width = self.once("coarse", lambda: (self.height.coarse_matrix(), self.width.coarse_matrix()))
+        return height.to(x.dtype) @ (x @ width.mT.to(x.dtype))
 
     def forward(
         self, x: Float[Tensor, "T C Y X"]
     ) -> tuple[Float[Tensor, "T C Y//2 X//2"], Float[Tensor, "T C 3 Y//2 X//2"]]:
-        bands = self.height.matrix().to(x.dtype) @ (x @ self.width.matrix().mT.to(x.dtype))
+        height, width = self.once("both", lambda: (self.height.matrix(), self.width.matrix()))
+        bands = height.to(x.dtype) @ (x @ width.mT.to(x.dtype))
         top, bottom = bands.chunk(2, dim=-2)
         (ll, hl), (lh, hh) = top.chunk(2, dim=-1), bottom.chunk(2, dim=-1)
         return ll, torch.stack([lh, hl, hh], dim=2)
@@ -186,7 +213,7 @@ def _exact(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return exact
 
 
-class Lifting(nn.Module):
+class Lifting(Remembering):
     """A pyramid over patches of side `patch_size`: level 1 is the finest."""
 
     def __init__(self, operator: str, channels: int, patch_size: int, num_levels: int) -> None:
@@ -204,11 +231,15 @@ class Lifting(nn.Module):
             for level in self.levels:
                 patches = level.coarse(patches)
             return patches
+        matrix, height, width = self.once("coarse", self._coarse_matrix)
+        return (patches.flatten(2) @ matrix.mT.to(patches.dtype)).unflatten(-1, (len(height), len(width)))
+
+    def _coarse_matrix(self) -> tuple[Tensor, ...]:
+        """From the pixels of a patch to its coarse band, and the matrices along height and width that it is made of."""
         height, width = self.levels[0].height.coarse_matrix(), self.levels[0].width.coarse_matrix()
         for level in self.levels[1:]:
             height, width = _product(level.height.coarse_matrix(), height), _product(level.width.coarse_matrix(), width)
-        both = (height[:, None, :, None] * width[None, :, None, :]).flatten(0, 1).flatten(1)
-        return (patches.flatten(2) @ both.mT.to(patches.dtype)).unflatten(-1, (len(height), len(width)))
+        return (height[:, None, :, None] * width[None, :, None, :]).flatten(0, 1).flatten(1), height, width
 
     @_exact
     def details(self, patches: Float[Tensor, "K C P P"], level: int) -> Float[Tensor, "K C 3 p p"]:

@@ -14,6 +14,7 @@ form of the transition, the accumulation of attention and the auxiliary heads ar
 early exit is the journal version's anytime prediction.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -71,7 +72,8 @@ class Stage(nn.Module):
         return x, received
 
     def answer(self, tokens: Tokens) -> Float[Tensor, "B classes"]:
-        return self.head(self.norm(tokens.x_TD[tokens.starts[:-1]]))
+        first_BD = tokens.x_TD[:1] if tokens.batch_size == 1 else tokens.x_TD[tokens.starts[:-1]]
+        return self.head(self.norm(first_BD))
 
 
 class Transition(nn.Module):
@@ -98,7 +100,8 @@ class Transition(nn.Module):
 
     def forward(self, tokens: Tokens, details: Float[Tensor, "K C 3 P P"], rows: Int[Tensor, " K"] | None) -> Tokens:
         """`details` are those of the tokens in `rows`; None: of all but the first, as in a batch of one image."""
-        x = self.widen(self.norm(tokens.x_TD)) + self.pos_embed[0].index_select(0, tokens.cell_T + 1)
+        x = self.widen(self.norm(tokens.x_TD))
+        x += self.pos_embed[0].index_select(0, tokens.cell_T + 1)
         extra = self.detail_embed(self.detail_norm(details.flatten(1))).to(x.dtype)
         if rows is None:
             x[1:] += extra
@@ -312,7 +315,7 @@ class Iret(Classifier):
             )
         if torch.compiler.is_compiling():
             return  # reading a value would break the graph
-        if not bool(torch.isfinite(images.sum(dtype=torch.promote_types(images.dtype, torch.float32)))):
+        if not math.isfinite(images.sum(dtype=torch.promote_types(images.dtype, torch.float32)).item()):
             raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")
 
     def lifting_loss(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, ""]:

@@ -98,7 +98,7 @@ def read_strengths(value: object, batch: int, transitions: int, rule: str = "thr
     except (TypeError, ValueError) as error:
         raise ValueError(f"thresholds={value!r} holds something that is not a number or a pair of numbers.") from error
     rows = _read_pairs(numbers, transitions, rule)
-    return np.broadcast_to(rows, (batch, transitions, 2))
+    return rows[None] if batch == 1 else np.broadcast_to(rows, (batch, transitions, 2))
 
 
 def read_exits(value: object, batch: int, transitions: int) -> np.ndarray | None:
@@ -147,6 +147,7 @@ def _read_pairs(pairs: tuple[tuple[float, ...], ...], transitions: int, rule: st
         raise ValueError(f"thresholds={pairs!r}: an entry is a number or a pair (keep, refine).")
     rows = np.array(pairs)
     _check_strengths(rows, rule)
+    rows.flags.writeable = False  # it is shared
     return rows
 
 

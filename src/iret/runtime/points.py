@@ -22,6 +22,7 @@ from iret.runtime.controller import BESIDE, Menu
 FORMAT = 2
 FILE_NAME = "points.json"
 BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)  # that cards, `iret eval` and the demo show
+MAX_SETTINGS = 1024  # remembered by one table
 PRECISIONS = ("float32", "bfloat16", "int8")  # number formats that a device can be measured in
 MEASURE_MODEL = "`iret calibrate MODEL --device-only`"
 CLIFF_SHARE, CLIFF_STEP = 0.1, 0.02  # so much of the full MACs on so little of the threshold is a cliff
@@ -146,6 +147,11 @@ class OperatingPoints:
         ]
         return np.array(rows, dtype=np.float64)[::-1]
 
+    @cached_property
+    def _settings(self) -> dict[float, Setting]:
+        """Those that were asked for, because the same budget is asked for again at every image."""
+        return {}
+
     def fit(self, full_macs: int, num_transitions: int) -> bool:
         """Whether they are those of a model of this cost and number of transitions."""
         return self.full_macs == full_macs and all(len(point.thresholds) == num_transitions for point in self.points)
@@ -165,6 +171,13 @@ class OperatingPoints:
             ValueError: outside (0, 1], or below the cheapest point.
         """
         check_budget(budget)
+        if budget not in self._settings:
+            if len(self._settings) == MAX_SETTINGS:
+                self._settings.clear()
+            self._settings[budget] = self._interpolate(budget)
+        return self._settings[budget]
+
+    def _interpolate(self, budget: float) -> Setting:
         if budget == 1:
             return keep_all(len(self.points[0].thresholds))
         if budget < self.cheapest_budget:
