@@ -85,6 +85,13 @@ def mix_plans(rows: list[list[Plan]], budgets: np.ndarray, draw: random.Random, 
     return [rows[point][image] for point, image in zip(points, draw.sample(range(len(rows[0])), batch), strict=True)]
 
 
+def longest(plans: list[Plan]) -> Plan:
+    """What every image of a padded batch costs."""
+    stages = max(len(plan.kept) for plan in plans)
+    kept = [max(plan.kept[stage] for plan in plans if stage < len(plan.kept)) for stage in range(stages)]
+    return Plan(tuple(kept), (0, *kept[1:]))
+
+
 @torch.inference_mode()
 def padded(model: iret.Iret, images: torch.Tensor, plans: list[Plan]) -> torch.Tensor:
     """The run at given counts with every image padded to the longest: dense blocks under a key mask, nothing chosen."""
@@ -136,7 +143,8 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
         macs = mean_macs(model, plans)
         work[f"packed {name}"] = lambda plans=plans: model.replay(images, plans, point)
         work[f"padded {name}"] = lambda plans=plans: padded(model, images, plans)
-        ratios[f"packed {name}"] = ratios[f"padded {name}"] = full_macs(model.shape) / macs
+        ratios[f"packed {name}"] = full_macs(model.shape) / macs
+        ratios[f"padded {name}"] = full_macs(model.shape) / mean_macs(model, [longest(plans)])
         counts = [sorted(plan.kept[stage] for plan in plans if stage < len(plan.kept)) for stage in (1, 2)]
         spread[f"packed {name}"] = counts
     with context, torch.inference_mode(), pin_threads(1):
@@ -150,7 +158,9 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
         row |= {"share": speedup.median / row["mac_ratio"], "counts": spread.get(name)}
         if name.startswith("packed"):
             row["choosing"] = choosing[name]
-            row["padded_over_packed"] = ratio(samples[name.replace("packed", "padded")], latency).median
+            other = name.replace("packed", "padded")
+            row["padded_over_packed"] = ratio(samples[other], latency).median
+            row["macs_over_packed"] = float(ratios[name] / ratios[other])
         found.append(row)
     return found, samples
 
@@ -210,11 +220,15 @@ def main() -> None:
         f"`{command_of(args)}`: `iret_small`, batch {args.batch}, one thread, {doctor.processor_name()}; medians of "
         f"{args.rounds} interleaved rounds.",
         "",
-        "| what | MAC ratio | ms | times faster than full | share | padded / packed | choosing |",
-        "|---|---|---|---|---|---|---|",
+        "| what | MAC ratio | ms | times faster than full | share | padded / packed | in MACs | choosing |",
+        "|---|---|---|---|---|---|---|---|",
         *(
             f"| {row['what']} | {row['mac_ratio']:.2f} | {row['ms']:.1f} | {row['speedup']:.2f} | {row['share']:.2f} | "
-            + (f"{row['padded_over_packed']:.2f} | {row['choosing']:.1%} |" if "choosing" in row else "| |")
+            + (
+                f"{row['padded_over_packed']:.2f} | {row['macs_over_packed']:.2f} | {row['choosing']:.1%} |"
+                if "choosing" in row
+                else "| | |"
+            )
             for row in rows
         ),
         "",

@@ -4,12 +4,14 @@ For each MAC ratio two things run in turn on the same image: `model(images, budg
 *ceiling*, the same layers at the same token counts on dense tensors, nothing scored, selected or gathered (fixed slices). At the
 full count the ceiling is the *plain* model, against which `model(images)` is held; the blocks alone, without embedding,
 transitions and head, are timed beside it. Choosing (scoring, accumulating, rules, gathering) is also timed
-inside. `model.run`, which also answers at every stage and keeps the trace, is timed beside it.
+inside. `model.run`, which also answers at every stage and keeps the trace, is timed beside it, and the same budget after
+`model.compile()`, held against the same eager ceiling.
 
-    python benchmarks/speed.py --out results/...     takes about two minutes; run it alone on the machine
+    python benchmarks/speed.py --out results/...     takes about four minutes; run it alone on the machine
 """
 
 import argparse
+import copy
 import csv
 import json
 import os
@@ -111,18 +113,21 @@ def thresholds_for(model: iret.Iret, images: Tensor, ratio: float) -> tuple[floa
 
 
 def interleave(
-    functions: dict[str, Callable[[], object]], rounds: int, stopwatch: Stopwatch
+    functions: dict[str, Callable[[], object]], rounds: int, stopwatch: Stopwatch | None = None
 ) -> dict[str, list[tuple[float, float]]]:
     """Seconds of every call and of choosing in it; each round calls all, so that drift hits all alike, in an order of its own,
-    because a call leaves the caches to the next one."""
+    each after an untimed call of the same, as in a stream of images."""
     draw = random.Random(0)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for round_ in range(rounds + WARMUP):
         for name in draw.sample(list(functions), len(functions)):
+            functions[name]()
+            if stopwatch:
+                stopwatch.take()
             started = time.perf_counter()
             functions[name]()
             spent = time.perf_counter() - started
-            choosing = stopwatch.take()
+            choosing = stopwatch.take() if stopwatch else 0.0
             if round_ >= WARMUP:
                 samples[name].append((spent, choosing))
     return samples
@@ -137,6 +142,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, _ = prepare(iret.create_model("iret_small").eval(), "float32")
+    compiled = copy.deepcopy(model)
+    compiled.compile()
     images = torch.randn(1, 3, 224, 224)
 
     functions: dict[str, Callable[[], object]] = {}
@@ -149,17 +156,24 @@ def main() -> None:
         share = macs_of[ratio] / full_macs(model.shape)
         table = made_for(model, thresholds, macs_of[ratio])
         functions[f"budget {ratio}"] = lambda share=share, table=table: within_budget(model, images, share, table)
+        functions[f"compiled {ratio}"] = lambda share=share, table=table: within_budget(compiled, images, share, table)
         functions[f"run {ratio}"] = lambda thresholds=thresholds: model.run(images, thresholds)
         functions[f"ceiling {ratio}"] = lambda counts=counts: static_forward(model, images, counts)
     every = [torch.randn(1, model.shape.num_patches + 1, dim) for dim in model.shape.embed_dims]
     functions["blocks"] = lambda: blocks_alone(model, every)
-    samples = interleave(functions, args.rounds, Stopwatch())
+    samples = interleave(functions, args.rounds)
+    eager = {name: call for name, call in functions.items() if name.startswith("budget")}
+    timed_inside = interleave(eager, args.rounds, Stopwatch())  # last: it takes time itself, and no graph can hold it
+    choosing_in = {name: statistics.median(chosen / spent for spent, chosen in timed_inside[name]) for name in eager}
 
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "samples.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["what", "trial", "time_s", "choosing_s"])
-        writer.writerows([name, trial, *both] for name, times in samples.items() for trial, both in enumerate(times))
+        for prefix, each in (("", samples), ("with a stopwatch inside, ", timed_inside)):
+            writer.writerows(
+                [prefix + name, trial, *both] for name, times in each.items() for trial, both in enumerate(times)
+            )
     machine = doctor.processor_name()
     env = {
         "torch": torch.__version__,
@@ -170,13 +184,15 @@ def main() -> None:
     }
     (args.out / "env.json").write_text(json.dumps(env, indent=1) + "\n")
     (args.out / "recipe.json").write_text(json.dumps({"rounds": args.rounds, "ratios": RATIOS}, indent=1) + "\n")
-    table = report(samples, counts_of, macs_of)
+    table = report(samples, choosing_in, counts_of, macs_of)
     said = f"`python benchmarks/speed.py --rounds {args.rounds}`: `iret_small`, eager, batch 1, one thread, {machine}; medians."
     (args.out / "README.md").write_text("\n".join([said, "", *table, ""]))
     print("\n".join(table))
 
 
-def report(samples: dict[str, list[tuple[float, float]]], counts_of: dict, macs_of: dict) -> list[str]:
+def report(
+    samples: dict[str, list[tuple[float, float]]], choosing_in: dict[str, float], counts_of: dict, macs_of: dict
+) -> list[str]:
     """Markdown: median times, and medians over the rounds of ratios within a round, which drift does not touch."""
 
     def milliseconds(name: str) -> str:
@@ -186,18 +202,20 @@ def report(samples: dict[str, list[tuple[float, float]]], counts_of: dict, macs_
         return statistics.median(a / b for (a, _), (b, _) in zip(samples[first], samples[second], strict=True))
 
     lines = [
-        "| MAC ratio | patches | time (ms) | ceiling (ms) | ceiling / time | choosing | share | its ceiling | run (ms) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| MAC ratio | patches | time (ms) | ceiling (ms) | ceiling / time | choosing | share | its ceiling | run (ms) "
+        "| compiled (ms) | ceiling / compiled | share compiled |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for ratio, counts in counts_of.items():
         budget, ceiling = f"budget {ratio}", f"ceiling {ratio}"
-        choosing = statistics.median(chosen / spent for spent, chosen in samples[budget])
         real = macs_of[1.0] / macs_of[ratio]
         share, best = ratio_of("budget 1.0", budget) / real, ratio_of("ceiling 1.0", ceiling) / real
-        lines.append(
-            f"| {real:.2f} | {'/'.join(map(str, counts))} | {milliseconds(budget)} | {milliseconds(ceiling)} "
-            f"| {ratio_of(ceiling, budget):.3f} | {choosing:.1%} | {share:.2f} | {best:.2f} | {milliseconds(f'run {ratio}')} |"
-        )
+        compiled = f"compiled {ratio}"
+        cells = [f"{real:.2f}", "/".join(map(str, counts)), milliseconds(budget), milliseconds(ceiling)]
+        cells += [f"{ratio_of(ceiling, budget):.3f}", f"{choosing_in[budget]:.1%}", f"{share:.2f}", f"{best:.2f}"]
+        cells += [milliseconds(f"run {ratio}"), milliseconds(compiled), f"{ratio_of(ceiling, compiled):.3f}"]
+        cells += [f"{ratio_of('compiled 1.0', compiled) / real:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Everything kept: the blocks alone / model(images) = {ratio_of('blocks', 'budget 1.0'):.3f}."]
     return lines
 
