@@ -1,7 +1,8 @@
 """Does dropping save time on a GPU? `iret_small` in bf16 at batch 1, 64 and 256, eager and compiled, raw samples kept.
 
 Every image of a batch does what a held-out image did at one operating point of a calibrated model (`--counts`, scaled to this
-grid), choosing included (`Iret.replay`), at the point that comes closest to the MAC ratio. In turn with it run the
+grid), choosing included (`Iret.replay`), at the point that comes closest to the MAC ratio. Compiled, the static
+model is one graph, ours a graph a stage and a transition. In turn with it run the
 full model and a static ViT of DeiT-S shape. Peak memory is that of one run beyond weights and images.
 
     python benchmarks/gpu.py --out results/...        some minutes, most of them compiling; `--device cpu` rehearses it
@@ -149,9 +150,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    command = (
-        f"python benchmarks/gpu.py --counts {Path(args.counts).name} --rounds {args.rounds} --device {args.device}"
-    )
+    sizes = " ".join(map(str, args.batch))
+    command = f"python benchmarks/gpu.py --counts {Path(args.counts).name} --batch {sizes} --rounds {args.rounds}"
+    command += f" --device {args.device}"
     measured: list[tuple[dict, Latency]] = []
     for found in measure(args):
         measured += found

@@ -185,7 +185,9 @@ def main() -> None:
     (args.out / "env.json").write_text(json.dumps(env, indent=1) + "\n")
     (args.out / "recipe.json").write_text(json.dumps({"rounds": args.rounds, "ratios": RATIOS}, indent=1) + "\n")
     table = report(samples, choosing_in, counts_of, macs_of)
-    said = f"`python benchmarks/speed.py --rounds {args.rounds}`: `iret_small`, eager, batch 1, one thread, {machine}; medians."
+    said = (
+        f"`python benchmarks/speed.py --rounds {args.rounds}`: `iret_small`, batch 1, one thread, {machine}; medians."
+    )
     (args.out / "README.md").write_text("\n".join([said, "", *table, ""]))
     print("\n".join(table))
 

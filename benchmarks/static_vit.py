@@ -5,9 +5,10 @@ The baseline that a model with a dial has to be held against: what would a stati
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/static_vit.py --recipe cifar10_pico_cpu \
         --data DATA --minutes 100 --out results/...          or --epochs instead of --minutes
 
-The width is the multiple of 4 (heads) that comes closest in MACs at the same depth. With `--minutes`, the first steps after an
-epoch are timed and fix how many steps these make on an idle machine: leave it alone until then. What runs beside the rest of the
-training, or pauses it, changes nothing in its result; a leg that was stopped goes on with the same command.
+The width is the multiple of 4 (heads) that comes closest in MACs at the same depth. With `--minutes`, the first
+steps are timed and fix how many these make on an idle machine: leave it alone for that first minute. What runs
+beside the rest of the training, or pauses it, changes nothing in its result; a leg that was stopped goes on with the same
+command.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from iret.weights import write_weights
 from iret.zoo import create_model
 
 NUM_HEADS = 4
-TIMED_STEPS = 60
+WARM_STEPS, TIMED_STEPS = 10, 60
 PLAN_NAME = "plan.json"
 
 
@@ -87,7 +88,9 @@ def learning_rate(recipe: Recipe, step: int, warmup_steps: float, total_steps: i
 
 
 def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data: ImageData, args: argparse.Namespace):
-    """Train for the steps that `args.minutes` make; returns the running mean of the weights, the step reached and the plan.
+    """Train for the steps that `args.epochs` or `args.minutes` make.
+
+    Returns the running mean of the weights, the step reached and the plan.
 
     A leg that ends early (`--stop-after`) or is cut off goes on from its last saved state.
     """
@@ -97,15 +100,16 @@ def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data:
     optimizer = make_optimizer(recipe, model)
     progress, plan, starts = Progress(num_processes=fabric.world_size, machine=doctor.processor_name()), None, []
     steps_per_epoch = len(data) // recipe.batch_size
-    if args.epochs:
+    if args.epochs is not None:
         plan = {"steps": round(args.epochs * steps_per_epoch)}
     if (out / STATE_NAME).exists():
         progress = load_state(out, model, ema, optimizer, recipe, 0)
-        plan = plan or json.loads((out / PLAN_NAME).read_text())
+        if plan is None and (out / PLAN_NAME).exists():
+            plan = json.loads((out / PLAN_NAME).read_text())
     elif fabric.is_global_zero:
         (out / "samples.csv").write_text("step,loss\n")
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
-    warmup_steps, warm_steps = recipe.warmup_epochs * len(data) / recipe.batch_size, steps_per_epoch
+    warmup_steps = recipe.warmup_epochs * len(data) / recipe.batch_size
     leg_started = saved_at = time.monotonic()
     while True:
         epoch, start = divmod(progress.step, steps_per_epoch)
@@ -121,16 +125,16 @@ def train(fabric: Fabric, recipe: Recipe, model: nn.Module, carrier: Iret, data:
         ):
             step = progress.step
             starts.append(time.perf_counter())
-            if plan is None and len(starts) > warm_steps + TIMED_STEPS:
-                step_s = (starts[-1] - starts[warm_steps]) / TIMED_STEPS
+            if plan is None and len(starts) > WARM_STEPS + TIMED_STEPS:
+                step_s = (starts[-1] - starts[WARM_STEPS]) / TIMED_STEPS
                 step_s = fabric.broadcast(step_s)  # the first process's clock: all plan alike
                 plan = {"seconds_per_step": step_s, "steps": round(60 * args.minutes / step_s)}
                 if fabric.is_global_zero:
                     (out / PLAN_NAME).write_text(json.dumps(plan) + "\n")
             leg_s = fabric.broadcast(time.monotonic() - leg_started)
             stops_early = args.stop_after is not None and leg_s > 60 * args.stop_after
-            is_over = plan is not None and (step >= plan["steps"] or stops_early)
-            if fabric.is_global_zero and plan is not None and (is_over or time.monotonic() - saved_at > 120):
+            is_over = stops_early or (plan is not None and step >= plan["steps"])
+            if fabric.is_global_zero and (is_over or time.monotonic() - saved_at > 120):
                 save_state(out, model, ema, optimizer, recipe, progress)
                 saved_at = time.monotonic()
             if is_over:
@@ -179,8 +183,8 @@ def main() -> None:
     trained, step, plan = train(fabric, recipe, model, carrier, data, args)
     if not fabric.is_global_zero:
         return
-    if step < plan["steps"]:
-        print(f"stopped after {step} of {plan['steps']} steps; the same command goes on")
+    if plan is None or step < plan["steps"]:
+        print(f"stopped after {step} steps; the same command goes on")
         return
     write_weights(args.out / "model.safetensors", dict(trained.state_dict()))
     result = {

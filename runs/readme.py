@@ -5,6 +5,7 @@ Run it after `runs/ship.sh` and `make demo`.
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,15 @@ def between(name: str, new: str, text: str) -> str:
 
 
 def latest(kind: str) -> Path:
-    return max((ROOT / "results").glob(f"*_{kind}_*"))
+    """By date, and of one day the one committed last, or not yet."""
+
+    def committed(folder: Path) -> tuple[str, float]:
+        said = subprocess.run(
+            ["git", "log", "-1", "--format=%ct", "--", folder], cwd=ROOT, capture_output=True, text=True
+        )
+        return folder.name[:10], float(said.stdout or "inf")
+
+    return max((ROOT / "results").glob(f"*_{kind}_*"), key=committed)
 
 
 def main() -> None:

@@ -83,6 +83,18 @@ def test_image_by_image_equals_the_padded_reference(counts, sizes):
     torch.testing.assert_close(attend_each(q, k, v, tokens.starts, width, bias_T), padded, rtol=0, atol=2e-6)  # 7 terms
 
 
+def test_gradients_through_padding_are_those_of_image_by_image():
+    tokens = make_tokens((3, 5, 3, 1, 5))
+    qkv = [x.requires_grad_() for x in random_qkv(tokens)]
+    weights = torch.randn_like(qkv[0])
+    padded, each = (
+        torch.autograd.grad((backend(*qkv, tokens.starts, 5, None) * weights).sum(), qkv)
+        for backend in (attend_padded, attend_each)
+    )
+    for got, wanted in zip(padded, each, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)  # float32, sums of 5
+
+
 def test_varlen_is_called_as_torch_documents_it(monkeypatch):
     """A stand-in with the signature of `torch.nn.attention.varlen.varlen_attn`, which runs on CUDA alone."""
 

@@ -186,3 +186,9 @@ def test_a_static_model_trained_beside_it_is_named(tmp_path):
     text = write(make_model(1.0, 0.5), tmp_path)
     assert "146.5 M MACs at any image (width 136, as many blocks)" in text
     assert "own steps take there: 14,900 steps (20.1 epochs), 71.23%" in text
+
+
+def test_a_static_model_of_as_many_epochs_names_no_minutes(tmp_path):
+    found = {"macs": 1, "embed_dim": 4, "minutes": None, "steps": 3431, "epochs": 72.3, "test_top1": 0.5}
+    (tmp_path / card.STATIC_NAME).write_text(json.dumps(found))
+    assert "on the same images for 3,431 steps (72.3 epochs), 50.00%" in write(make_model(1.0, 0.5), tmp_path)

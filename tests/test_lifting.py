@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import pywt
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from iret.lifting import (
     DawnOperator,
@@ -145,10 +146,25 @@ def step_an_optimizer(lifting: Lifting) -> Lifting:
     return lifting
 
 
+def step_a_fused_optimizer(lifting: Lifting) -> Lifting:
+    """Which tells no version counter."""
+    everything(lifting, torch.ones(1, 3, 8, 8).cumsum(-1)).sum().backward()
+    torch.optim.AdamW(lifting.parameters(), lr=0.1, fused=True).step()
+    return lifting
+
+
+def add_behind_autograd(lifting: Lifting) -> Lifting:
+    for weight in lifting.parameters():
+        weight.data.add_(torch.arange(3.0))
+    return lifting
+
+
 @pytest.mark.parametrize(
     "change",
     [
         add_to_weights,
+        step_a_fused_optimizer,
+        add_behind_autograd,
         load_other_weights,
         step_an_optimizer,
         lambda lifting: add_to_weights(lifting).double().float(),
@@ -167,6 +183,19 @@ def test_what_is_made_of_the_weights_follows_them(change):
     fresh.load_state_dict(lifting.state_dict())
     wanted = everything(fresh, patches).detach()
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)  # float32, products in another order under gradients
+
+
+@pytest.mark.graph
+def test_a_compiled_lifting_is_one_graph_that_follows_its_weights():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    lifting, patches = Lifting("linear", 3, 8, 2), torch.randn(4, 3, 8, 8)
+    compiled = torch.compile(lifting.coarse, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(patches), lifting.coarse(patches))
+            add_to_weights(lifting)
+    assert counter.frame_count == 1
 
 
 def test_gradients_reach_the_taps_after_a_run_without():

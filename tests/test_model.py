@@ -489,6 +489,16 @@ def test_a_rerun_is_bit_identical(thresholds):
     assert torch.equal(first.trace.kept, second.trace.kept)
 
 
+def test_under_autocast_tokens_are_added_up_in_single_precision():
+    model = make_model()
+    seen = []
+    for stage in model.stages[1:]:
+        stage.register_forward_pre_hook(lambda module, args: seen.append(args[0].x_TD.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(make_images(2))
+    assert seen == [torch.float32] * (len(model.stages) - 1)
+
+
 def test_bf16_autocast_is_close_to_single_precision():
     model, images = make_model(), make_images(8)
     with torch.autocast("cpu", torch.bfloat16):

@@ -112,11 +112,13 @@ def _beside_static(folder: Path) -> list[list[str]]:
     if not (folder / STATIC_NAME).exists():
         return []
     found = json.loads((folder / STATIC_NAME).read_bytes())
+    length = f"{found['steps']:,} steps ({found['epochs']:.1f} epochs)"
+    if found["minutes"] is not None:
+        spent = f"{found['minutes']:.0f} minutes of an idle machine, about what this model's own steps take there"
+        length = f"{spent}: {length}"
     sentence = (
         f"A plain ViT of {found['macs'] / 1e6:.1f} M MACs at any image (width {found['embed_dim']}, as many blocks), "
-        f"trained with the same recipe on the same images for {found['minutes']:.0f} minutes of an idle machine, about what this "
-        f"model's own steps take there: {found['steps']:,} steps ({found['epochs']:.1f} epochs), {found['test_top1']:.2%} "
-        "(`benchmarks/static_vit.py`)."
+        f"trained with the same recipe on the same images for {length}, {found['test_top1']:.2%} (`benchmarks/static_vit.py`)."
     )
     return [["## Beside a model without a dial"], [sentence]]
 

@@ -126,13 +126,49 @@ class LiftingStep(nn.Module):
         return torch.stack([even, odd], dim=-1).flatten(-2)
 
 
-class Lifting2d(nn.Module):
+class Remembering(nn.Module):
+    """Keeps what is made of a few weights alone while they have the same values: many small steps, the same at every run.
+
+    On a CPU; a device would have to be waited for to compare them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[str, tuple[bytes, tuple[Tensor, ...]]] = {}
+
+    def operators(self) -> list[nn.Module]:
+        """Whose weights it is made of."""
+        raise NotImplementedError
+
+    def once(self, name: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `make` gives; made anew where a gradient or a graph of it is wanted."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        weights = [weight for operator in self.operators() for weight in operator._parameters.values()]
+        if not all(type(weight) is nn.Parameter and weight.device.type == "cpu" for weight in weights):
+            return make()  # on a device, or under a transform such as vmap
+        values = b"".join(weight.detach().numpy().tobytes() for weight in weights)
+        kept = self._made.get(name)
+        if kept is None or kept[0] != values:
+            with torch.inference_mode(False), torch.no_grad():  # of use, and to be copied, in any mode
+                kept = self._made[name] = values, make()
+        return kept[1]
+
+    def _apply(self, *args, **kwargs):
+        self._made.clear()  # buffers are moved and cast, too
+        return super()._apply(*args, **kwargs)
+
+
+class Lifting2d(Remembering):
     """One level in two dimensions: a patch of side 2 * `half` into four bands of side `half`."""
 
     def __init__(self, operator: str, channels: int, half: int) -> None:
         super().__init__()
         self.width = LiftingStep(operator, channels, half)
         self.height = LiftingStep(operator, channels, half)
+
+    def operators(self) -> list[nn.Module]:
+        return [self.width.update, self.width.predict, self.height.update, self.height.predict]
 
     def coarse(self, x: Float[Tensor, "T C Y X"]) -> Float[Tensor, "T C Y//2 X//2"]:
         """The approximation alone: update steps only."""
@@ -154,32 +190,7 @@ class Lifting2d(nn.Module):
         return self.width.inverse(low, high)
 
 
-class Remembering(nn.Module):
-    """Keeps what is made of the weights alone until one of them changes: many small steps, the same at every run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._made: dict[str, tuple[object, tuple[Tensor, ...]]] = {}
-        self._held: list[dict[str, nn.Parameter | None]] = []  # where modules below keep their weights, looked up once
-
-    def once(self, name: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `make` gives; made anew where a gradient or a graph of it is wanted."""
-        self._held = self._held or [module._parameters for module in self.modules() if module._parameters]
-        weights = [weight for held in self._held for weight in held.values() if weight is not None]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(weight.is_inference() for weight in weights):
-            return make()
-        state = [(weight.data_ptr(), weight._version) for weight in weights]
-        if name not in self._made or self._made[name][0] != state:
-            with torch.inference_mode(False), torch.no_grad():  # of use, and to be copied, in any mode
-                self._made[name] = state, make()
-        return self._made[name][1]
-
-    def _apply(self, *args, **kwargs):
-        self._made.clear()  # moved or cast: new weights can lie where old ones lay
-        return super()._apply(*args, **kwargs)
-
-
-class LinearLifting2d(Lifting2d, Remembering):
+class LinearLifting2d(Lifting2d):
     """The same level where U and P are matrices: two small products, W_height x W_width^T, several times faster.
 
     W stacks the two matrices of `LiftingStep`.
@@ -220,6 +231,9 @@ class Lifting(Remembering):
         super().__init__()
         level = LEVELS[operator]
         self.levels = nn.ModuleList(level(operator, channels, patch_size // 2**n) for n in range(1, num_levels + 1))
+
+    def operators(self) -> list[nn.Module]:
+        return [operator for level in self.levels for operator in level.operators()]
 
     @_exact
     def coarse(self, patches: Float[Tensor, "T C P P"]) -> Float[Tensor, "T C p p"]:

@@ -100,8 +100,7 @@ class Transition(nn.Module):
 
     def forward(self, tokens: Tokens, details: Float[Tensor, "K C 3 P P"], rows: Int[Tensor, " K"] | None) -> Tokens:
         """`details` are those of the tokens in `rows`; None: of all but the first, as in a batch of one image."""
-        x = self.widen(self.norm(tokens.x_TD))
-        x += self.pos_embed[0].index_select(0, tokens.cell_T + 1)
+        x = self.widen(self.norm(tokens.x_TD)) + self.pos_embed[0].index_select(0, tokens.cell_T + 1)
         extra = self.detail_embed(self.detail_norm(details.flatten(1))).to(x.dtype)
         if rows is None:
             x[1:] += extra

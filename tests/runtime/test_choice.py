@@ -79,3 +79,12 @@ def test_a_whole_layout_numbers_every_cell_of_every_image():
     assert here.cell_T.tolist() == [-1, 0, 1, 2, -1, 0, 1, 2]
     assert (here.starts.tolist(), here.counts.tolist(), here.is_one) == ([0, 4, 8], [4, 4], False)
     assert Layout.whole(1, 3).is_one
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_image_that_has_no_patch_left_keeps_its_class_token_alone(rule):
+    here = Layout(np.array([-1, 0, 1, 2, -1]), np.array([0, 4, 5]), np.arange(2))
+    importance = np.array([0.0, 2.0, 0.5, 0.5, 0.0])
+    strength = 1.5 if rule == "threshold" else 0.6
+    kept = choose(importance, here, np.full((2, 2), strength), rule, 1).kept_T
+    assert kept[[0, 4]].all() and kept[1] and not kept[3]

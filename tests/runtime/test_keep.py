@@ -150,6 +150,10 @@ def test_of_equal_patches_the_lower_cells_are_best_in_every_image():
     assert best.tolist() == [[True, True, False, True, False], [True, True, False, False, False], [False] * 5]
 
 
+def test_at_strength_zero_mass_keeps_patches_without_any_attention():
+    assert kept_cells([0.0] * 4, 0, "mass") == [0, 1, 2, 3]
+
+
 def test_an_unknown_rule_lists_the_known_ones():
     with pytest.raises(ValueError, match="rule='best' is unknown; choose from threshold, mass, topk"):
         check_rule("best")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from iret.runtime import points
 from iret.runtime.controller import Controller, Goal, Reading
 from iret.runtime.points import (
     FILE_NAME,
@@ -50,6 +51,18 @@ def test_every_transition_has_its_own_thresholds():
     points = (point(800.0, 0.9, (0.0, 0.0), (0.5, 0.5)), point(400.0, 0.7, (1.0, 1.0), (1.5, 2.5)))
     found = OperatingPoints(data="made up", num_images=8, full_macs=1000, points=points).setting(0.6).thresholds
     assert found == (pytest.approx((0.5, 0.5)), pytest.approx((1.0, 1.5)))
+
+
+def test_a_setting_is_looked_up_once_and_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(points, "MAX_SETTINGS", 3)
+    known = table()
+    first = known.setting(0.5)
+    assert known.setting(np.float64(0.5)) is first
+    for budget in np.linspace(0.3, 0.9, 20):
+        known.setting(budget)
+        assert len(known._settings) <= 3
+    assert known.setting(0.5) == first
+    assert known == table()
 
 
 def test_a_budget_above_the_dearest_point_takes_that_point():

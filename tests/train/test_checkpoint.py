@@ -1,12 +1,14 @@
 """The state of a run comes back bit for bit, survives a full disk, and is refused where it does not belong."""
 
 import copy
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from iret.train.checkpoint import FILE_NAME, FORMAT, Progress, load_state, save_state
@@ -112,6 +114,17 @@ def test_a_truncated_state_is_refused(tmp_path, kept_bytes):
     path.write_bytes(path.read_bytes()[:kept_bytes])
     with pytest.raises(ValueError, match=r"is not a whole training state \(.*\); start again without --resume"):
         Run(0).load(tmp_path)
+
+
+def test_a_state_from_before_recipes_said_how_often_to_look_at_held_out_images_goes_on(tmp_path):
+    Run(0).save(tmp_path)
+    path = tmp_path / FILE_NAME
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    old = json.loads(metadata["recipe"])
+    del old["eval_epochs"]
+    write_weights(path, tensors, metadata | {"recipe": json.dumps(old)})
+    Run(1).load(tmp_path)
 
 
 @pytest.mark.parametrize("metadata", [{"format": FORMAT + "0"}, {"format": "pt"}, {"by": "hand"}])

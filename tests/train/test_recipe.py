@@ -19,6 +19,11 @@ def test_an_unknown_precision_is_refused_also_in_a_variant():
     assert {replace(find_recipe("fine_tune"), precision=known).precision for known in PRECISIONS} == set(PRECISIONS)
 
 
+def test_no_epochs_between_two_looks_at_held_out_images_are_refused():
+    with pytest.raises(ValueError, match="eval_epochs=0 must be 1 or more"):
+        replace(find_recipe("digits_nano"), eval_epochs=0)
+
+
 def test_a_recipe_cannot_be_changed_and_a_variant_leaves_its_parent_alone():
     parent = find_recipe("fine_tune")
     with pytest.raises(FrozenInstanceError):

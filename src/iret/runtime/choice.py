@@ -120,7 +120,7 @@ def _keep(importance_T: np.ndarray, layout: Layout, strength: np.ndarray, rule: 
         first, sizes = starts[images] + 1, layout.counts[images] - 1
         places = np.arange(sizes.max())
         is_there = places < sizes[:, None]
-        index = first[:, None] + places * is_there
+        index = np.where(is_there, first[:, None] + places, 0)
         kept_BN = keep(np.where(is_there, importance_T[index], -np.inf), strength[images], rule, min_keep)
         kept[index[is_there]] = kept_BN[is_there]
     return kept

@@ -56,15 +56,15 @@ def keep_best(importance: np.ndarray, count: np.ndarray) -> np.ndarray:
     return (kept | is_tie) & (importance > -np.inf)
 
 
+@np.errstate(invalid="ignore", divide="ignore")  # patches without any attention hold no share of it
 def _hold_mass(importance: np.ndarray, strength: np.ndarray) -> np.ndarray:
     """The fewest patches that hold 1 - `strength` [B] of the attention, bool [B, N]."""
     order = np.argsort(-importance, axis=1, kind="stable")
     ordered = np.take_along_axis(importance, order, axis=1) / importance.sum(1, keepdims=True)
     held_before = np.cumsum(ordered, axis=1) - ordered
     kept = np.empty(importance.shape, dtype=bool)
-    limit = np.where(strength <= 0, np.inf, 1 - strength - ROUNDING_SHARE)
-    np.put_along_axis(kept, order, held_before < limit[:, None], axis=1)
-    return kept
+    np.put_along_axis(kept, order, held_before < (1 - strength - ROUNDING_SHARE)[:, None], axis=1)
+    return kept | (strength <= 0)[:, None]
 
 
 def check_rule(rule: str) -> None:

@@ -171,11 +171,14 @@ class OperatingPoints:
             ValueError: outside (0, 1], or below the cheapest point.
         """
         check_budget(budget)
-        if budget not in self._settings:
-            if len(self._settings) == MAX_SETTINGS:
+        budget = float(budget)
+        setting = self._settings.get(budget)
+        if setting is None:  # threads may both come here: they find the same
+            setting = self._interpolate(budget)
+            if len(self._settings) >= MAX_SETTINGS:
                 self._settings.clear()
-            self._settings[budget] = self._interpolate(budget)
-        return self._settings[budget]
+            self._settings[budget] = setting
+        return setting
 
     def _interpolate(self, budget: float) -> Setting:
         if budget == 1:

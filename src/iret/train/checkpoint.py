@@ -60,8 +60,9 @@ def load_state(
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} was written by another version of iret; start again without --resume.")
     progress = Progress(**json.loads(metadata["progress"]))
-    saved, wanted = json.loads(metadata["recipe"]) | {"seed": progress.seed}, asdict(recipe) | {"seed": seed}
-    _check_same(saved, json.loads(json.dumps(wanted)), path)
+    wanted = json.loads(json.dumps(asdict(recipe))) | {"seed": seed}
+    saved = {"eval_epochs": wanted["eval_epochs"]}  # older states do not say it, and it changes no step
+    _check_same(saved | json.loads(metadata["recipe"]) | {"seed": progress.seed}, wanted, path)
     load_exactly(model, _under("model.", tensors), str(path))
     load_exactly(ema, _under("ema.", tensors), str(path))
     parameters, is_fused = dict(model.named_parameters()), bool(optimizer.defaults.get("fused"))

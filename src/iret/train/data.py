@@ -38,7 +38,7 @@ Batch = tuple[UInt8[Tensor, "b C Y X"], Int[Tensor, " b"], int]
 class ImageData(Dataset):
     """Images with labels; item i is (uint8 [C, Y, X], label), or None for a corrupt image that is to be skipped.
 
-    What was decoded is kept where all of it fits into `MAX_HELD_BYTES`: from the second epoch on nothing is decoded again.
+    What this process decoded is kept where all of the split fits into `MAX_HELD_BYTES`; loader workers keep nothing.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class ImageData(Dataset):
         self.rows, self.read, self.preprocess, self.on_corrupt = rows, read, preprocess, on_corrupt
         self.class_names = [str(name) for name in class_names]
         self.split = split  # the one it is, which may stand in for the one that was asked for
-        rows_, columns = preprocess.img_size
-        self._is_kept = len(rows) * 3 * rows_ * columns <= MAX_HELD_BYTES
+        height, width = preprocess.img_size
+        self._is_kept = len(rows) * 3 * height * width <= MAX_HELD_BYTES
         self._decoded: dict[int, tuple[Tensor, int] | None] = {}
 
     @property
