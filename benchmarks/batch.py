@@ -150,6 +150,7 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
     with context, torch.inference_mode(), pin_threads(1):
         samples = measure_latency(work, rounds=args.rounds, warm_up=2, lead=1)
         stopwatch = Stopwatch()  # only now: it takes time itself
+        stopwatch.include_scores()
         choosing = {name: choosing_share(call, stopwatch) for name, call in work.items() if name.startswith("packed")}
     found = []
     for name, latency in samples.items():
