@@ -5,8 +5,8 @@ For each MAC ratio two things run in turn on the same image: `model(images, budg
 full count the ceiling is the *plain* model, against which `model(images)` is held; the blocks alone, without embedding,
 transitions and head, are timed beside it. Choosing (scoring, accumulating, rules, gathering) is also timed
 inside. `model.run`, which also answers at every stage and keeps the trace, is timed beside it, and the same budget after
-`model.compile()`, held against the same eager ceiling. What scoring takes in a compiled graph is the time of its stages with it less
-that without.
+`model.compile()`, held against the same eager ceiling. What scoring takes in a compiled graph is the time of its stages with
+it less that without.
 
     python benchmarks/speed.py --out results/...     takes about four minutes; run it alone on the machine
 """
