@@ -131,7 +131,7 @@ def test_what_is_made_of_the_weights_alone_is_made_once(monkeypatch):
 def add_to_weights(lifting: Lifting) -> Lifting:
     with torch.no_grad():
         for weight in lifting.parameters():
-            weight += torch.arange(3.0)
+            weight += torch.arange(3.0).to(weight.dtype)
     return lifting
 
 
@@ -196,6 +196,15 @@ def test_a_compiled_lifting_is_one_graph_that_follows_its_weights():
             torch.testing.assert_close(compiled(patches), lifting.coarse(patches))
             add_to_weights(lifting)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_are_remembered_too(dtype):
+    lifting, patches = Lifting("linear", 3, 8, 2).to(dtype), torch.randn(4, 3, 8, 8).to(dtype)
+    with torch.no_grad():
+        first = everything(lifting, patches)
+        assert torch.equal(everything(lifting, patches), first)
+        assert not torch.equal(everything(add_to_weights(lifting), patches), first)
 
 
 def test_gradients_reach_the_taps_after_a_run_without():

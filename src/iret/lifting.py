@@ -136,18 +136,14 @@ class Remembering(nn.Module):
         super().__init__()
         self._made: dict[str, tuple[bytes, tuple[Tensor, ...]]] = {}
 
-    def operators(self) -> list[nn.Module]:
-        """Whose weights it is made of."""
-        raise NotImplementedError
-
-    def once(self, name: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `make` gives; made anew where a gradient or a graph of it is wanted."""
+    def once(self, name: str, operators: list[nn.Module], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `make` gives of the weights of `operators`; made anew where a gradient or a graph of it is wanted."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
-        weights = [weight for operator in self.operators() for weight in operator._parameters.values()]
+        weights = [weight for operator in operators for weight in operator._parameters.values()]
         if not all(type(weight) is nn.Parameter and weight.device.type == "cpu" for weight in weights):
             return make()  # on a device, or under a transform such as vmap
-        values = b"".join(weight.detach().numpy().tobytes() for weight in weights)
+        values = b"".join(weight.detach().view(torch.uint8).numpy().tobytes() for weight in weights)
         kept = self._made.get(name)
         if kept is None or kept[0] != values:
             with torch.inference_mode(False), torch.no_grad():  # of use, and to be copied, in any mode
@@ -167,8 +163,9 @@ class Lifting2d(Remembering):
         self.width = LiftingStep(operator, channels, half)
         self.height = LiftingStep(operator, channels, half)
 
-    def operators(self) -> list[nn.Module]:
-        return [self.width.update, self.width.predict, self.height.update, self.height.predict]
+    def updates(self) -> list[nn.Module]:
+        """All that the coarse band depends on."""
+        return [self.width.update, self.height.update]
 
     def coarse(self, x: Float[Tensor, "T C Y X"]) -> Float[Tensor, "T C Y//2 X//2"]:
         """The approximation alone: update steps only."""
@@ -197,17 +194,24 @@ class LinearLifting2d(Lifting2d):
     """
 
     def coarse(self, x: Float[Tensor, "T C Y X"]) -> Float[Tensor, "T C Y//2 X//2"]:
-        height, width = self.once("coarse", lambda: (self.height.coarse_matrix(), self.width.coarse_matrix()))
+        height, width = self.once("coarse", self.updates(), self._coarse_matrices)
         return height.to(x.dtype) @ (x @ width.mT.to(x.dtype))
 
     def forward(
         self, x: Float[Tensor, "T C Y X"]
     ) -> tuple[Float[Tensor, "T C Y//2 X//2"], Float[Tensor, "T C 3 Y//2 X//2"]]:
-        height, width = self.once("both", lambda: (self.height.matrix(), self.width.matrix()))
+        operators = [*self.updates(), self.width.predict, self.height.predict]
+        height, width = self.once("both", operators, self._matrices)
         bands = height.to(x.dtype) @ (x @ width.mT.to(x.dtype))
         top, bottom = bands.chunk(2, dim=-2)
         (ll, hl), (lh, hh) = top.chunk(2, dim=-1), bottom.chunk(2, dim=-1)
         return ll, torch.stack([lh, hl, hh], dim=2)
+
+    def _coarse_matrices(self) -> tuple[Tensor, ...]:
+        return self.height.coarse_matrix(), self.width.coarse_matrix()
+
+    def _matrices(self) -> tuple[Tensor, ...]:
+        return self.height.matrix(), self.width.matrix()
 
 
 LEVELS = {"linear": LinearLifting2d, "haar": LinearLifting2d, "dawn": Lifting2d}
@@ -232,8 +236,8 @@ class Lifting(Remembering):
         level = LEVELS[operator]
         self.levels = nn.ModuleList(level(operator, channels, patch_size // 2**n) for n in range(1, num_levels + 1))
 
-    def operators(self) -> list[nn.Module]:
-        return [operator for level in self.levels for operator in level.operators()]
+    def updates(self) -> list[nn.Module]:
+        return [update for level in self.levels for update in level.updates()]
 
     @_exact
     def coarse(self, patches: Float[Tensor, "T C P P"]) -> Float[Tensor, "T C p p"]:
@@ -245,7 +249,7 @@ class Lifting(Remembering):
             for level in self.levels:
                 patches = level.coarse(patches)
             return patches
-        matrix, height, width = self.once("coarse", self._coarse_matrix)
+        matrix, height, width = self.once("coarse", self.updates(), self._coarse_matrix)
         return (patches.flatten(2) @ matrix.mT.to(patches.dtype)).unflatten(-1, (len(height), len(width)))
 
     def _coarse_matrix(self) -> tuple[Tensor, ...]:
