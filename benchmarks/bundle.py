@@ -1,9 +1,9 @@
 """A bundle against static graphs on the same engine: `iret_small`, batch 1, one thread, interleaved, raw samples kept.
 
-static    the same model as one graph with everything kept and nothing to choose, as a user would export it without a dial
-deit_s    a plain ViT of DeiT-S shape as one static graph, its blocks exported as ours are
+static    the same model as one graph with everything kept and nothing to choose, as torch exports its blocks
+deit_s    a plain ViT of DeiT-S shape as one static graph, as torch exports it
 bundle    stage by stage through `iret.Session`: everything kept, and with thresholds at MAC ratios of 1.7, 2.7 and 4
-ceiling   one static graph of the same layers at the counts of that bundle, which scores, chooses and gathers nothing
+ceiling   one static graph of the bundle's own blocks at its counts, which scores, chooses and gathers nothing
 
 `host` is the share of a run outside the engine, but for the check of its pixels; `between`, the share between the engine's calls.
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import iret
 from iret import doctor
-from iret.attention import Dense
+from iret.export.blocks import Blocks
 from iret.export.bundle import export
 from iret.export.graphs import FirstStage, LaterStage
 from iret.export.targets import WRITERS
@@ -47,37 +47,47 @@ KINDS = {able[0]: kind for kind, able in ENGINES.items()}  # engine -> what it r
 
 
 class Static(nn.Module):
-    """`model(images)` for one image in one graph: nothing scored, one head; the first `counts` patches of each stage."""
+    """`model(images)` for one image in one graph, its blocks as torch exports them: nothing scored, one head."""
 
-    def __init__(self, model: iret.Iret, counts: Sequence[int]) -> None:
+    def __init__(self, model: iret.Iret) -> None:
         super().__init__()
-        self.counts = counts
         self.first = FirstStage(model)
         self.later = nn.ModuleList(LaterStage(model, index) for index in range(1, len(model.stages)))
+        self.stages = model.stages
+
+    def run_stage(self, index: int, x: Tensor) -> Tensor:
+        x = x[None]
+        for block in self.stages[index].blocks:
+            x, _ = block(x)
+        return x[0]
 
     def forward(self, images: Tensor) -> Tensor:
         x, patches = self.first.embed(images)
-        x, _ = self.first.stage.through(x.flatten(0, 1), Dense(1, None), is_scored=False)
-        for stage, count in zip(self.later, self.counts[1:], strict=True):
-            own, x = stage.transition, x[: count + 1]
-            details = own.detail_embed(own.detail_norm(stage.details(patches[:count])))
-            x = own.widen(own.norm(x)) + own.pos_embed[0, : count + 1] + nn.functional.pad(details, (0, 0, 1, 0))
-            x, _ = stage.stage.through(x, Dense(1, None), is_scored=False)
-        return stage.stage.head(stage.stage.norm(x[:1]))
+        x = self.run_stage(0, x)
+        for index, stage in enumerate(self.later, start=1):
+            own, x = stage.transition, self.keep(index, x)
+            details = own.detail_embed(own.detail_norm(stage.details(patches[: len(x) - 1])))
+            x = own.widen(own.norm(x)) + own.pos_embed[0, : len(x)] + nn.functional.pad(details, (0, 0, 1, 0))
+            x = self.run_stage(index, x)
+        return self.later[-1].head(self.later[-1].norm(x[:1]))
+
+    def keep(self, index: int, x: Tensor) -> Tensor:
+        return x
 
 
-class StaticViT(nn.Module):
-    """A plain ViT on one image, in the form that our own blocks are exported in."""
+class Ceiling(Static):
+    """The same from our own blocks on the first `counts` patches of each stage: a bundle without scoring and choosing."""
 
-    def __init__(self, vit: VisionTransformer) -> None:
-        super().__init__()
-        self.vit = vit
+    def __init__(self, model: iret.Iret, counts: Sequence[int]) -> None:
+        super().__init__(model)
+        self.counts = counts
+        self.blocks = nn.ModuleList(Blocks(stage, is_scored=False) for stage in model.stages)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = (torch.cat([self.vit.cls_token, self.vit.patch_embed(images)], dim=1) + self.vit.pos_embed)[0]
-        for block in self.vit.blocks:
-            x, _ = block(x, Dense(1, None))
-        return self.vit.head(self.vit.norm(x[:1]))
+    def run_stage(self, index: int, x: Tensor) -> Tensor:
+        return self.blocks[index](x, 1, None)[0]
+
+    def keep(self, index: int, x: Tensor) -> Tensor:
+        return x[: self.counts[index] + 1]
 
 
 def trained_looking(model: nn.Module) -> nn.Module:
@@ -119,11 +129,11 @@ def make_work(engine: str, model: iret.Iret, scratch: Path, calls: Calls) -> tup
     kind = KINDS[engine]
     extension, write = WRITERS[kind]
     image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    inputs, every = image.numpy(), [model.shape.num_patches] * len(model.stages)
+    inputs = image.numpy()
     export(model, scratch / kind, kind)
     session = iret.Session(scratch / kind, engine, threads=1, load=calls.load)
     vit = trained_looking(VisionTransformer()).eval()
-    graphs = {"static": Static(model, every).eval(), "deit_s": StaticViT(vit).eval()}
+    graphs = {"static": Static(model).eval(), "deit_s": vit}
     work, met = {}, {}
     with torch.no_grad():
         assert torch.allclose(graphs["static"](image), model(image), atol=1e-4)
@@ -133,8 +143,7 @@ def make_work(engine: str, model: iret.Iret, scratch: Path, calls: Calls) -> tup
             work[name] = partial(session, inputs, thresholds=thresholds)
             out = work[name]()
             met[name] = full_macs(model.shape) / int(out.macs[0]) if thresholds else 1.0
-            if thresholds:
-                graphs[f"ceiling {asked:g}"] = Static(model, out.trace.kept.sum((1, 2, 3)).tolist()).eval()
+            graphs[f"ceiling {asked:g}"] = Ceiling(model, out.trace.kept.sum((1, 2, 3)).tolist()).eval()
         for name, graph in graphs.items():
             path = scratch / f"{name.replace(' ', '_')}_{kind}{extension}"
             write(graph, (image,), None, path)

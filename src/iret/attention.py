@@ -12,7 +12,6 @@ Read next: `selection`, which turns importance into kept tokens.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -28,35 +27,22 @@ try:
 except ImportError:  # a torch that is older or built without it
     varlen = None  # type: ignore[assignment]
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, "Tokens | Dense | None"], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, "Tokens | None"], Tensor]
 AttentionBackend = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], Tensor]  # starts, width, log(size)
 
 _varlen_attn: Callable[..., Any] | None = getattr(varlen, "varlen_attn", None)
 UNSPLIT = {"num_splits": 1} if _varlen_attn and "num_splits" in inspect.signature(_varlen_attn).parameters else {}
 
 
-@dataclass(frozen=True)
-class Dense:
-    """In place of `Tokens` where every image has as many places, class token first: the form that is exported.
-
-    Between attention the tokens are packed, [B N, D], because engines multiply a matrix faster than a stack of them.
-    """
-
-    batch_size: int
-    bias_BN: Float[Tensor, "B N"] | None  # added to the logits of each key: 0, or -inf for a place that only pads
-
-
 def attend(
     q: Float[Tensor, "*tokens H E"],
     k: Float[Tensor, "*tokens H E"],
     v: Float[Tensor, "*tokens H E"],
-    tokens: Tokens | Dense | None = None,
+    tokens: Tokens | None = None,
 ) -> Float[Tensor, "*tokens H E"]:
     """Softmax attention within each image, for packed [T, H, E] with their `Tokens`, or dense [B, N, H, E]."""
     if tokens is None:
         return _fused(q, k, v, None)
-    if isinstance(tokens, Dense):
-        return _written_out(q, k, v, tokens)
     bias_T = None if tokens.size_T is None else tokens.size_T.log().to(q.dtype)
     if tokens.is_even:
         q, k, v = (x.unflatten(0, (tokens.batch_size, -1)) for x in (q, k, v))
@@ -83,17 +69,6 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return out.transpose(1, 2)
-
-
-def _written_out(q: Tensor, k: Tensor, v: Tensor, tokens: Dense) -> Tensor:
-    """The same in products and a softmax: exporters write the fused kernel in many more steps, every size left open."""
-    return (_logits(q, k, tokens).softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
-
-
-def _logits(q: Tensor, k: Tensor, tokens: Dense) -> Tensor:
-    """Of every query for every key, [B, H, queries, N]."""
-    logits = (q.transpose(1, 2) @ k.transpose(1, 2).mT) * q.shape[-1] ** -0.5
-    return logits if tokens.bias_BN is None else logits + tokens.bias_BN[:, None, None]
 
 
 # ---- the packed back ends, behind one custom operator: to the compiler a graph does not depend on the counts
@@ -195,11 +170,9 @@ _attend_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def class_row(
-    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens | Dense
+    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens
 ) -> Float[Tensor, "*tokens"]:
     """Attention of each image's class token over its patches: mean over heads, sums to 1 an image, 0 at class tokens."""
-    if isinstance(tokens, Dense):
-        return F.pad(_logits(q[:, :1], k, tokens)[..., 1:].softmax(-1).mean((1, 2)), (1, 0))
     if tokens.batch_size == 1 and tokens.size_T is None:  # the same in fewer steps, each of which costs at batch 1
         logits_HQN = torch.bmm((q[0] * q.shape[-1] ** -0.5).unsqueeze(1), k[1:].permute(1, 2, 0))
         return F.pad(logits_HQN.softmax(-1, dtype=torch.float32).mean((0, 1)), (1, 0))
@@ -207,17 +180,9 @@ def class_row(
 
 
 def column_mean(
-    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens | Dense
+    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens
 ) -> Float[Tensor, "*tokens"]:
     """Attention over an image's patches from all its tokens: mean over heads and queries, normalised as `class_row`."""
-    if isinstance(tokens, Dense):
-        logits_BHQN = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k[:, 1:].permute(0, 2, 3, 1)
-        if tokens.bias_BN is None:
-            return F.pad(logits_BHQN.softmax(-1).mean((1, 2)), (1, 0))
-        alive_BQ = tokens.bias_BN.exp()
-        weights_BQN = (logits_BHQN + tokens.bias_BN[:, None, None, 1:]).softmax(-1).mean(1)
-        weights_BN = (weights_BQN * alive_BQ[..., None]).sum(1) / alive_BQ.sum(1, keepdim=True)
-        return F.pad(weights_BN, (1, 0))
     index, is_live = _places(tokens)
     if tokens.size_T is not None:
         is_live = is_live & (tokens.size_T > 0)[index]

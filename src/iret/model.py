@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iret.attention import ATTENTIONS, Dense
+from iret.attention import ATTENTIONS
 from iret.classifier import Classifier
 from iret.lifting import Lifting, lifting_penalty
 from iret.output import Output, Record
@@ -56,20 +56,13 @@ class Stage(nn.Module):
 
     def forward(self, tokens: Tokens, is_scored: bool) -> tuple[Tokens, Float[Tensor, " T"] | None]:
         """The tokens after all blocks and, if scored, the attention each patch received in the last of them."""
-        x, received = self.through(tokens.x_TD, tokens, is_scored)
-        return tokens.with_x(x), received
-
-    def through(
-        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | Dense, is_scored: bool
-    ) -> tuple[Float[Tensor, "*tokens D"], Float[Tensor, "..."] | None]:
-        """The same for packed tokens, [T] received, or a dense batch, [B, N]."""
-        received = None
+        x, received = tokens.x_TD, None
         for place, block in enumerate(self.blocks, start=1):
             scores = is_scored and place > len(self.blocks) - self.num_scored
             x, evidence = block(x, tokens, self.importance if scores else None)
             if evidence is not None:
                 received = accumulate(received, evidence.importance_T)
-        return x, received
+        return tokens.with_x(x), received
 
     def answer(self, tokens: Tokens) -> Float[Tensor, "B classes"]:
         first_BD = tokens.x_TD[:1] if tokens.batch_size == 1 else tokens.x_TD[tokens.starts[:-1]]

@@ -1,7 +1,7 @@
 """Attention, Mlp, Block and the plain VisionTransformer they make. Hosts any attention function; contains none.
 
 Parameters carry timm's names, so a timm ViT's weights load unmapped and give the same logits. A Block works on packed
-tokens ([T, D] with their `Tokens`, or with `Dense` when it is exported) and on a dense batch ([B, N, D], `tokens` None).
+tokens ([T, D] with their `Tokens`) and on a dense batch ([B, N, D], `tokens` None).
 
 Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", pre-norm as in timm's `vision_transformer`.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iret.attention import IMPORTANCE_FUNCTIONS, AttentionFunction, Dense, attend
+from iret.attention import IMPORTANCE_FUNCTIONS, AttentionFunction, attend
 from iret.tokens import Tokens
 
 NORM_EPS = 1e-6  # timm's value for ViT
@@ -39,18 +39,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | Dense | None = None, importance: str | None = None
+        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None = None, importance: str | None = None
     ) -> tuple[Float[Tensor, "*tokens D"], Evidence | None]:
         """The update, and the evidence if an `importance` ("cls", "column") is asked for."""
-        qkv = self.qkv(x)
-        if isinstance(tokens, Dense):
-            qkv = qkv.reshape(tokens.batch_size, -1, 3 * self.num_heads, x.shape[-1] // self.num_heads)
-            # not chunk: ExecuTorch would fix the batch at the traced one
-            q, k, v = (qkv.narrow(2, part * self.num_heads, self.num_heads) for part in range(3))
-        else:
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        update = self.function(q, k, v, tokens)
-        out = self.proj(update.reshape(-1, x.shape[-1]) if isinstance(tokens, Dense) else update.flatten(-2))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        out = self.proj(self.function(q, k, v, tokens).flatten(-2))
         if importance is None or tokens is None:
             return out, None
         with torch.no_grad():
@@ -79,9 +72,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(
-        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | Dense | None = None
-    ) -> Float[Tensor, "*tokens D"]:
+    def forward(self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None = None) -> Float[Tensor, "*tokens D"]:
         if not self.training or self.rate == 0:
             return x
         batch = tokens.batch_size if isinstance(tokens, Tokens) else x.shape[0]
@@ -108,7 +99,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(
-        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | Dense | None = None, importance: str | None = None
+        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None = None, importance: str | None = None
     ) -> tuple[Float[Tensor, "*tokens D"], Evidence | None]:
         update, evidence = self.attn(self.norm1(x), tokens, importance)
         x = x + self.drop_path(update, tokens)

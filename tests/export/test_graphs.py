@@ -53,13 +53,13 @@ def test_padding_behind_a_key_mask_changes_nothing(tmp_path, importance):
     model = make_model(importance=importance)
     later = _jobs(model, "onnx", False, ())[1].graph
     generator = torch.Generator().manual_seed(0)
-    x, pixels = torch.randn(1, 9, 16, generator=generator), torch.randn(4, 3, 8, 8, generator=generator)
+    x, pixels = torch.randn(9, 1, 16, generator=generator), torch.randn(4, 3, 8, 8, generator=generator)
     pixels[0] = 0
-    cell, source = torch.arange(-1, 8)[None], torch.tensor([[0, 1, 0, 2, 0, 0, 3, 0, 0]])
+    cell, source = torch.arange(-1, 8)[:, None], torch.tensor([0, 1, 0, 2, 0, 0, 3, 0, 0])[:, None]
     with torch.no_grad():
-        alone = later(x[:, :7], cell[:, :7], pixels, source[:, :7], torch.zeros(1, 7))
+        alone = later(x[:7], cell[:7], pixels, source[:7], torch.zeros(1, 7))
         padded = later(x, cell, pixels, source, torch.tensor([[0.0] * 7 + [-1e9] * 2]))
-    torch.testing.assert_close(padded[0][:, :7], alone[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(padded[0][:7], alone[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(padded[1][:, :7], alone[1], rtol=0, atol=1e-6)
     torch.testing.assert_close(padded[2], alone[2], rtol=0, atol=1e-5)
     assert not padded[1][:, 7:].any()

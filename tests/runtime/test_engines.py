@@ -69,6 +69,8 @@ def play_onnxruntime(monkeypatch, error: Exception | None = None) -> list:
         def __init__(self, path: str, options, providers: list[str]) -> None:
             if error:
                 raise error
+            assert vars(options)["session.use_env_allocators"] == "1"
+            assert not options.enable_mem_pattern
             noted.append((path, options.intra_op_num_threads, options.inter_op_num_threads, providers))
 
         def get_inputs(self) -> list:
@@ -78,7 +80,24 @@ def play_onnxruntime(monkeypatch, error: Exception | None = None) -> list:
             assert outputs is None
             return [inputs["x"] + 1, inputs["cell"] * 2]
 
-    played = SimpleNamespace(SessionOptions=SimpleNamespace, InferenceSession=InferenceSession)
+    class SessionOptions(SimpleNamespace):
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            setattr(self, key, value)
+
+    def create_and_register_allocator(memory: tuple, config: None) -> None:
+        arenas.append(memory)
+        if len(arenas) > 1:
+            raise RuntimeError("An allocator for this device has already been registered")
+
+    arenas: list[tuple] = []
+    played = SimpleNamespace(
+        SessionOptions=SessionOptions,
+        InferenceSession=InferenceSession,
+        OrtMemoryInfo=lambda *words: words,
+        OrtAllocatorType=SimpleNamespace(ORT_ARENA_ALLOCATOR="arena"),
+        OrtMemType=SimpleNamespace(DEFAULT="default"),
+        create_and_register_allocator=create_and_register_allocator,
+    )
     monkeypatch.setitem(sys.modules, "onnxruntime", played)
     return noted
 
@@ -88,6 +107,13 @@ def test_onnx_runtime_gets_its_threads_and_runs_on_the_cpu(monkeypatch, threads,
     noted = play_onnxruntime(monkeypatch)
     load_graph("onnxruntime", PATH, threads)
     assert noted == [("stage_0", asked, 1, ["CPUExecutionProvider"])]
+
+
+def test_graphs_of_one_process_share_an_arena_and_later_ones_do_not_mind(monkeypatch):
+    noted = play_onnxruntime(monkeypatch)
+    for _ in range(3):
+        load_graph("onnxruntime", PATH)
+    assert len(noted) == 3
 
 
 def test_arrays_go_in_in_the_order_of_the_graph_and_none_may_be_missing(monkeypatch):

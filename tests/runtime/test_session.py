@@ -56,7 +56,7 @@ class Pretender:
         stage = int(path.stem.split("_")[1])
 
         def run(inputs):
-            batch, tokens = (len(inputs[0]), 17) if stage == 0 else inputs[0].shape[:2]
+            tokens, batch = (17, len(inputs[0])) if stage == 0 else inputs[0].shape[:2]
             self.calls.append((stage, batch, tokens, [each.shape for each in inputs]))
             self.now += self.seconds(stage, batch, tokens)
             if stage:
@@ -65,8 +65,8 @@ class Pretender:
             logits = np.eye(3, dtype=np.float32)[np.full(batch, stage)]
             if stage == 2:
                 return [logits]
-            light = inputs[0].mean((1, 2, 3)) if stage == 0 else inputs[0][:, 0, 0]
-            x = np.broadcast_to(light[:, None, None], (batch, tokens, SHAPE.embed_dims[stage])).astype(np.float32)
+            light = inputs[0].mean((1, 2, 3)) if stage == 0 else inputs[0][0, :, 0]
+            x = np.broadcast_to(light[:, None], (tokens, batch, SHAPE.embed_dims[stage])).astype(np.float32)
             received = np.exp(-np.abs(light[:, None]) * np.arange(tokens)).astype(np.float32)
             return [x, received, logits]
 
@@ -77,7 +77,9 @@ class Pretender:
         """What every later stage may rely on."""
         assert x.dtype == pixels.dtype == bias.dtype == np.float32
         assert cell.dtype == source.dtype == np.int64
+        assert all(each.flags.c_contiguous for each in (x, cell, pixels, source, bias))
         assert not pixels[0].any()
+        cell, source = cell.T, source.T
         assert (cell[:, 0] == -1).all()
         assert (source[cell < 0] == 0).all()
         assert set(source[source > 0]) == set(range(1, source.max() + 1))
@@ -683,8 +685,8 @@ def test_a_bundle_is_read_as_it_was_written(tmp_path):
     [
         (b"{", "not valid JSON"),
         (b"[]", "has format None"),
-        (b'{"format": 2}', "has format 2; this version of iret reads bundles of format 1"),
-        (b'{"format": 1}', "does not describe a bundle"),
+        (b'{"format": 1}', "has format 1; this version of iret reads bundles of format 2"),
+        (b'{"format": 2}', "does not describe a bundle"),
         (b"[" * 100_000, "not valid JSON"),
     ],
 )

@@ -246,15 +246,15 @@ def pretend_session(bundle: Bundle, folder: Path, *, is_broken: bool = False) ->
                 values = cells + 3 + weigh(inputs[0].reshape(1, -1))
             else:
                 x, cells, pixels, source, bias = inputs
-                read = weigh(pixels.reshape(len(pixels), -1))[source[0]]
-                values = cells[0] + 3 + weigh(x[0]) + read + bias[0].astype(np.int64)
+                read = weigh(pixels.reshape(len(pixels), -1))[source[:, 0]]
+                values = cells[:, 0] + 3 + weigh(x[:, 0]) + read + bias[0].astype(np.int64)
             logits = np.zeros((1, 3), np.float32)
             logits[0, stage] = 1 + stage + values.sum() % 8 / 64
             if is_broken:
                 logits[:] = np.nan
             x = (values[:, None] + np.arange(bundle.shape.embed_dims[stage])) % 97
             received = values % 16 / 16
-            return [logits] if stage == 2 else [x[None].astype(np.float32), received[None].astype(np.float32), logits]
+            return [logits] if stage == 2 else [x[:, None].astype(np.float32), received[None].astype(np.float32), logits]
 
         return run
 
@@ -269,10 +269,10 @@ def weigh(rows: np.ndarray) -> np.ndarray:
 def test_bundles_that_do_not_run_in_a_browser_are_refused_by_name():
     raw = json.loads(make_bundle().to_json())
     fixed = [[{"file": "stage_0.onnx", "tokens": 17}]]
-    changes = [{}, {"format": 2}, {"kind": "openvino"}, {"is_single": True}, {"stages": fixed}]
+    changes = [{}, {"format": 3}, {"kind": "openvino"}, {"is_single": True}, {"stages": fixed}]
     fine, newer, other, single, buckets = ask(*(("whyNot", raw | each) for each in changes))
     assert fine is None
-    assert "format 2" in newer
+    assert "format 3" in newer
     assert "openvino" in other and "--format onnx" in other
     assert "--single-graph" in single
     assert "--buckets" in buckets

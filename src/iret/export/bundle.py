@@ -210,18 +210,19 @@ def _later_stage(model: Iret, index: int, width: int | None, max_batch: int | No
     batch, tokens = (2, shape.min_keep + 2) if width is None else (1, width)
     rows = 3 if width is None else width
     inputs = (
-        torch.zeros(batch, tokens, shape.embed_dims[index - 1]),
-        torch.arange(-1, tokens - 1).expand(batch, -1).contiguous(),
+        torch.zeros(tokens, batch, shape.embed_dims[index - 1]),
+        torch.arange(-1, tokens - 1)[:, None].repeat(1, batch),
         torch.zeros(rows, shape.in_chans, shape.patch_size, shape.patch_size),
-        torch.zeros(batch, tokens, dtype=torch.int64),
+        torch.zeros(tokens, batch, dtype=torch.int64),
         torch.zeros(batch, tokens),
     )
     if width is not None:
         return LaterStage(model, index), inputs, None
     every = shape.num_patches + 1
-    by_token = {0: _batch(max_batch), 1: Dim("tokens", min=shape.min_keep + 1, max=every)}
+    some, many = Dim("tokens", min=shape.min_keep + 1, max=every), _batch(max_batch)
+    by_token, by_image = {0: some, 1: many}, {0: many, 1: some}
     by_row = {0: Dim("rows", min=1, max=1 + (max_batch or ANY_BATCH) * shape.num_patches)}
-    return LaterStage(model, index), inputs, (by_token, by_token, by_row, by_token, by_token)
+    return LaterStage(model, index), inputs, (by_token, by_token, by_row, by_token, by_image)
 
 
 def _single_graph(model: Iret) -> Traced:

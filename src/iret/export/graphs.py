@@ -6,9 +6,9 @@
 
 Between two stages the host chooses (`iret.runtime.session`), with the code that chooses for the model. Rows of `pixels` begin
 with one of zeros: its details are zero and add exactly nothing, so `source` can point there for a patch that is not refined, and
-no graph has an empty axis. Only plain gathers are used; attention is written out, and the class token's row computed beside it.
+no graph has an empty axis. Only plain gathers are used.
 
-Read first: `model`. What engines cannot do: docs/export.md.
+Read first: `blocks`. What engines cannot do: docs/export.md.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from iret.attention import Dense
+from iret.export.blocks import Blocks
 from iret.lifting import Lifting, LinearLifting2d
 from iret.model import Iret
 from iret.runtime.cost import Shape
@@ -55,15 +55,15 @@ class StageGraph(nn.Module):
 
     def __init__(self, model: Iret, index: int) -> None:
         super().__init__()
-        self.stage, self.is_last = model.stages[index], index == len(model.stages) - 1
+        stage = model.stages[index]
+        self.blocks = Blocks(stage, is_scored=index < len(model.stages) - 1)
+        self.norm, self.head = stage.norm, stage.head
 
-    def through(self, x: Float[Tensor, "B N D"], bias: Float[Tensor, "B N"] | None) -> tuple[Tensor, ...]:
-        """Tokens, received [B, N] (0 at class tokens) and logits; of the last stage the logits alone."""
-        batch = x.shape[0]
-        x, received = self.stage.through(x.flatten(0, 1), Dense(batch, bias), is_scored=not self.is_last)
-        x = x.unflatten(0, (batch, -1))
-        logits = self.stage.head(self.stage.norm(x[:, 0]))
-        return (logits,) if received is None else (x, received, logits)
+    def through(self, x: Float[Tensor, "NB D"], batch: int, bias: Float[Tensor, "B N"] | None) -> tuple[Tensor, ...]:
+        """Tokens [N, B, D], received [B, N] (0 at class tokens) and logits; of the last stage the logits alone."""
+        x, received = self.blocks(x, batch, None if bias is None else bias[:, None, None])
+        logits = self.head(self.norm(x[:batch]))  # the class tokens come first
+        return (logits,) if received is None else (x.reshape(-1, batch, x.shape[1]), received, logits)
 
 
 class FirstStage(StageGraph):
@@ -74,20 +74,20 @@ class FirstStage(StageGraph):
         self.grid, self.patch_size = model.shape.grid, model.shape.patch_size
         self.coarse = Band(model.lifting, model.shape, None)
         self.patch_embed = model.patch_embed
-        class_token, positions = model.pos_embed.detach().clone().tensor_split([1], dim=1)
+        class_token, positions = model.pos_embed.detach()[0, :, None].tensor_split([1])
         self.register_buffer("class_token", class_token.clone())
         self.register_buffer("positions", positions.clone())
 
-    def embed(self, images: Float[Tensor, "B C Y X"]) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "K C P P"]]:
-        """Tokens of all patches, and the patches."""
+    def embed(self, images: Float[Tensor, "B C Y X"]) -> tuple[Float[Tensor, "NB D"], Float[Tensor, "K C P P"]]:
+        """Tokens and patches of every cell, cell after cell, images side by side."""
         (rows, columns), side = self.grid, self.patch_size
         grid = images.unflatten(3, (columns, side)).unflatten(2, (rows, side))
-        patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        x = self.patch_embed(self.coarse(patches)).unflatten(0, (images.shape[0], -1))
-        return torch.cat([self.class_token.expand(images.shape[0], -1, -1), x + self.positions], dim=1), patches
+        patches = grid.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
+        x = self.patch_embed(self.coarse(patches)).reshape(rows * columns, images.shape[0], -1) + self.positions
+        return torch.cat([self.class_token.expand(-1, images.shape[0], -1), x]).flatten(0, 1), patches
 
     def forward(self, images: Float[Tensor, "B C Y X"]) -> tuple[Tensor, ...]:
-        return self.through(self.embed(images)[0], None)
+        return self.through(self.embed(images)[0], images.shape[0], None)
 
 
 class LaterStage(StageGraph):
@@ -99,23 +99,24 @@ class LaterStage(StageGraph):
         self.details = Band(model.lifting, model.shape, model.shape.detail_level(index))
 
     def transit(
-        self, x: Tensor, cell: Int[Tensor, "B N"], pixels: Float[Tensor, "R C P P"], source: Int[Tensor, "B N"]
-    ) -> Float[Tensor, "B N E"]:
+        self, x: Float[Tensor, "NB D"], cell: Int[Tensor, " NB"], pixels: Tensor, source: Int[Tensor, " NB"]
+    ) -> Float[Tensor, "NB E"]:
         """`cell` is -1 for class tokens; `source` the row of `pixels` whose details a token gets, 0 for none."""
         own: Any = self.transition
         extra = own.detail_embed(own.detail_norm(self.details(pixels)))
-        place = own.pos_embed[0].index_select(0, cell.flatten() + 1) + extra.index_select(0, source.flatten())
-        return (own.widen(own.norm(x.flatten(0, 1))) + place).unflatten(0, (cell.shape[0], -1))
+        place = own.pos_embed[0].index_select(0, cell + 1) + extra.index_select(0, source)
+        return own.widen(own.norm(x)) + place
 
     def forward(
         self,
-        x: Float[Tensor, "B N D"],
-        cell: Int[Tensor, "B N"],
+        x: Float[Tensor, "N B D"],
+        cell: Int[Tensor, "N B"],
         pixels: Float[Tensor, "R C P P"],
-        source: Int[Tensor, "B N"],
+        source: Int[Tensor, "N B"],
         bias: Float[Tensor, "B N"],
     ) -> tuple[Tensor, ...]:
-        return self.through(self.transit(x, cell, pixels, source), bias)
+        x_TD = self.transit(x.flatten(0, 1), cell.flatten(), pixels, source.flatten())
+        return self.through(x_TD, x.shape[1], bias)
 
 
 class SingleGraph(nn.Module):
@@ -149,7 +150,7 @@ class SingleGraph(nn.Module):
         self, images: Float[Tensor, "1 C Y X"], thresholds: Float[Tensor, "T 2"]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, patches = self.first.embed(images)
-        x, received, _ = self.first.through(x, None)
+        x, received = self.first.blocks(x, 1, None)
         patches = torch.cat([torch.zeros_like(patches[:1]), patches])
         cell = torch.arange(-1, self.num_cells)
         everywhere = torch.ones(self.num_cells)
@@ -159,15 +160,13 @@ class SingleGraph(nn.Module):
             patch = patch * (patch.shape[0] / patch.sum())
             importance.append(torch.zeros(self.num_cells).index_copy(0, cell[1:], patch))
             rows, is_refined = self.choose(patch, thresholds[index])
-            cell, x = cell.index_select(0, rows), x.index_select(1, rows)
+            cell, x = cell.index_select(0, rows), x.index_select(0, rows)
             again = is_refined.nonzero().flatten()
             torch._check(again.shape[0] <= self.num_cells)
             read = torch.cat([torch.zeros_like(cell[:1]), cell.index_select(0, again) + 1])
             source = is_refined.long().cumsum(0) * is_refined
-            x = stage.transit(x, cell[None], patches.index_select(0, read), source[None])
+            x = stage.transit(x, cell, patches.index_select(0, read), source)
             kept.append(torch.zeros(self.num_cells + 1).index_fill(0, cell + 1, 1.0)[1:])
             refined.append(torch.zeros(self.num_cells + 1).index_fill(0, read, 1.0)[1:])
-            outputs = stage.through(x, None)
-            if len(outputs) > 1:
-                x, received, _ = outputs
-        return outputs[-1], torch.stack(kept), torch.stack(refined), torch.stack(importance)
+            x, received = stage.blocks(x, 1, None)
+        return stage.head(stage.norm(x[:1])), torch.stack(kept), torch.stack(refined), torch.stack(importance)

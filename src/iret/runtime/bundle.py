@@ -16,7 +16,7 @@ from iret.runtime.cost import Shape, full_macs
 from iret.runtime.points import OperatingPoints
 from iret.runtime.preprocess import Preprocess
 
-FORMAT = 1
+FORMAT = 2  # 1: its graphs took tokens image after image
 FILE_NAME = "bundle.json"
 PRECISIONS = ("float32", "int8")
 ENGINES = {"onnx": ("onnxruntime", "openvino"), "openvino": ("openvino",), "executorch": ("executorch",)}

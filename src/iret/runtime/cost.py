@@ -173,8 +173,8 @@ def stage_macs(shape: Shape, stage: int, kept: Count, refined: Count, scored: bo
 
 
 @cache
-def _coefficients(shape: Shape, scored: bool) -> np.ndarray:
-    """int64 [4, S, 1]: a stage's MACs are  a + b kept + c kept^2 + d refined,  read off `stage_macs` at four points."""
+def _coefficients(shape: Shape, scored: bool) -> tuple[tuple[int, int, int, int], ...]:
+    """Of each stage, whose MACs are  a + b kept + c kept^2 + d refined:  (a, b, c, d), read off `stage_macs` at four points."""
     rows = []
     for stage in range(len(shape.depths)):
         is_scored = scored and stage < len(shape.depths) - 1
@@ -184,7 +184,13 @@ def _coefficients(shape: Shape, scored: bool) -> np.ndarray:
         )
         square = (two - 2 * one + none) // 2
         rows.append((none, one - none - square, square, refined - none))
-    return np.array(rows, dtype=np.int64).T[..., None]
+    return tuple(rows)
+
+
+@cache
+def _columns(shape: Shape, scored: bool) -> np.ndarray:
+    """The same, int64 [4, S, 1]."""
+    return np.array(_coefficients(shape, scored), dtype=np.int64).T[..., None]
 
 
 def macs(shape: Shape, kept: Count, refined: Count, *, scored: Any, stages_run: Count | None = None) -> np.ndarray:
@@ -194,11 +200,20 @@ def macs(shape: Shape, kept: Count, refined: Count, *, scored: Any, stages_run: 
     a bool or [B], says whether tokens were chosen; `stages_run` [B] counts the stages an image passed before it exited.
     """
     kept, refined = np.asarray(kept, dtype=np.int64), np.asarray(refined, dtype=np.int64)
-    constant, linear, square, detail = np.where(scored, _coefficients(shape, True), _coefficients(shape, False))
+    constant, linear, square, detail = np.where(scored, _columns(shape, True), _columns(shape, False))
     spent = constant + (linear + square * kept) * kept + detail * refined
     if stages_run is not None:
         spent = spent * (np.arange(len(spent))[:, None] < np.asarray(stages_run))
     return spent.sum(0)
+
+
+def plan_macs(shape: Shape, kept: Sequence[int], refined: Sequence[int], *, scored: bool) -> int:
+    """`macs` of one image that passed `len(kept)` stages with so many patches kept and refined in each."""
+    counts = zip(_coefficients(shape, scored), kept, refined, strict=False)
+    return sum(
+        constant + (linear + square * here) * here + detail * again
+        for (constant, linear, square, detail), here, again in counts
+    )
 
 
 def full_macs(shape: Shape) -> int:
@@ -209,13 +224,6 @@ def full_macs(shape: Shape) -> int:
         int(stage_macs(shape, stage, every, every, scored=False, head=stage == num_stages - 1))
         for stage in range(num_stages)
     )
-
-
-def plan_macs(shape: Shape, kept: Sequence[int], refined: Sequence[int], *, scored: bool) -> int:
-    """MACs of one image that passed `len(kept)` stages with so many patches kept and refined in each."""
-    missing = (0,) * (len(shape.depths) - len(kept))
-    columns = (np.array([*counts, *missing])[:, None] for counts in (kept, refined))
-    return int(macs(shape, *columns, scored=scored, stages_run=np.array([len(kept)]))[0])
 
 
 def numbers_moved(shape: Shape, kept: Sequence[int], refined: Sequence[int] | None = None) -> int:

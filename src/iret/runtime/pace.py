@@ -27,13 +27,19 @@ class Paces:
 
     def learn(self, stage: int, macs: float, time: float) -> None:
         """A call took so long."""
-        latest = (1.0, macs, time, macs * macs, macs * time)
         with self._lock:
             earlier = self._sums[stage]
             is_try = self._refused[stage] >= PATIENCE
             if is_try and time < SURPRISE * _at(earlier, macs):
                 earlier = (0.0,) * 5
-            self._sums[stage] = tuple(FORGETTING * old + new for old, new in zip(earlier, latest, strict=True))
+            count, sum_macs, sum_time, squares, products = (FORGETTING * each for each in earlier)
+            self._sums[stage] = (
+                count + 1.0,
+                sum_macs + macs,
+                sum_time + time,
+                squares + macs * macs,
+                products + macs * time,
+            )
             self._refused[stage] = 0
 
     def refuse(self, stage: int) -> None:

@@ -6,7 +6,7 @@ Read first: `choice`.
 import numpy as np
 
 from iret.runtime.choice import Layout
-from iret.runtime.cost import Shape, macs
+from iret.runtime.cost import Shape, macs, plan_macs
 
 
 class Record:
@@ -53,6 +53,11 @@ class Record:
 
     def macs(self, scored: np.ndarray | bool) -> np.ndarray:
         """int64 [B]: multiply-accumulates spent on each image; `scored`, one for all or [B]: whether tokens were chosen."""
+        if self.kept.shape[1] == 1:  # the same in fewer steps
+            counts = (
+                np.count_nonzero(grid[: self.stages_run, 0], axis=1).tolist() for grid in (self.kept, self.refined)
+            )
+            return np.array([plan_macs(self.shape, *counts, scored=bool(np.any(scored)))])
         exits = self.exits
         stages_run = None if exits.min() == len(self.shape.depths) - 1 else exits + 1
         return macs(self.shape, self.kept.sum(2), self.refined.sum(2), scored=scored, stages_run=stages_run)

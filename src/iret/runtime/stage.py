@@ -6,6 +6,7 @@ Read next: `session`, which goes from stage to stage.
 """
 
 import time
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -79,7 +80,7 @@ class Stage:
             index = index + owner * self._shape.num_patches
         pixels = batch.read(index, len(index) + 1)
         bias = np.zeros((1, len(cell_T)), np.float32)
-        return _unpack(self.call(batch, [x_TD[None], cell_T[None], pixels, source[None], bias]), None)
+        return _unpack(self.call(batch, [x_TD[:, None], cell_T[:, None], pixels, source[:, None], bias]), None)
 
     def _run_group(
         self, group: np.ndarray, batch: "Batch", x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
@@ -106,6 +107,7 @@ class Stage:
         pixels = batch.read(index, is_read.size if self._is_fixed else len(index) + 1)
         source = np.zeros(form, np.int64)
         source[image, token] = np.arange(1, len(index) + 1)
+        x, cell, source = (np.ascontiguousarray(each.swapaxes(0, 1)) for each in (x, cell, source))
         return _unpack(self.call(batch, [x, cell, pixels, source, bias], width), is_live)
 
     @property
@@ -130,27 +132,43 @@ class Stage:
 
 
 class Batch:
-    """The images of one run, and their patches, cut out when the first of them is looked at again."""
+    """The images of one run, and their patches, cut out where they are looked at again."""
 
     def __init__(self, images: np.ndarray, shape: Shape) -> None:
         self.images, self._shape = images, shape
         self.engine_s = 0.0  # that the engine took for them so far
-        self._rows: np.ndarray | None = None  # zeros, then the patches, image after image
 
     def read(self, index: np.ndarray, room: int) -> np.ndarray:
         """float32 [`room`, C, P, P]: zeros, the patches at `index` (image * cells + cell, rising), zeros again."""
-        if self._rows is None:
-            (rows, columns), side = self._shape.grid, self._shape.patch_size
-            batch, channels = self.images.shape[:2]
-            self._rows = np.empty((1 + batch * rows * columns, channels, side, side), np.float32)
-            self._rows[0] = 0
-            grid = self.images.reshape(batch, channels, rows, side, columns, side).transpose(0, 2, 4, 1, 3, 5)
-            self._rows[1:].reshape(grid.shape)[:] = grid
-        if room == len(index) + 1 == len(self._rows):
-            return self._rows
-        padded = np.zeros(room, np.int64)  # row 0 is the zeros
-        np.add(index, 1, out=padded[1 : len(index) + 1])
-        return self._rows.take(padded, axis=0)
+        if room == len(index) + 1 == len(self.images) * self._shape.num_patches + 1:
+            return self._everything
+        return self._cut(index, room)
+
+    @cached_property
+    def _everything(self) -> np.ndarray:
+        """Read by every stage of a run that drops nothing."""
+        every = len(self.images) * self._shape.num_patches
+        return self._cut(np.arange(every), every + 1)
+
+    def _cut(self, index: np.ndarray, room: int) -> np.ndarray:
+        side, channels = self._shape.patch_size, self._shape.in_chans
+        first, lines = _lines(self._shape)
+        image, cell = np.divmod(index, len(first))
+        start = image * (channels * self._shape.img_size[0] * self._shape.grid[1]) + first[cell]
+        pixels, end = np.empty((room, channels * side, side), np.float32), 1 + len(index)
+        pixels[0], pixels[end:] = 0, 0
+        # "clip" only to spare a copy of the output; every place is there
+        self.images.reshape(-1, side).take(start[:, None] + lines, axis=0, out=pixels[1:end], mode="clip")
+        return pixels.reshape(room, channels, side, side)
+
+
+@cache
+def _lines(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Where a patch's lines of pixels are in an image cut into such lines: of its first, [cells], and of all, from there on."""
+    (rows, columns), side = shape.grid, shape.patch_size
+    first = (np.arange(rows) * side * columns)[:, None] + np.arange(columns)
+    lines = (np.arange(shape.in_chans) * shape.img_size[0] * columns)[:, None] + np.arange(side) * columns
+    return first.ravel(), lines.ravel()
 
 
 def _unpack(outputs: list[np.ndarray], is_live: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -158,6 +176,7 @@ def _unpack(outputs: list[np.ndarray], is_live: np.ndarray | None) -> tuple[np.n
     if len(outputs) == 1:  # the last stage
         return _NOTHING, _NOTHING, outputs[0]
     x, received, logits = outputs
+    x = x.swapaxes(0, 1)  # image after image
     if is_live is None:
         return x.reshape(-1, x.shape[-1]), received.ravel(), logits
     return x[is_live], received[is_live], logits

@@ -55,10 +55,10 @@ export class Session {
       const read = tokens.filter((token) => token.isRefined);
       let row = 0;
       inputs = [
-        { data: x, dims: [1, tokens.length, dims[stage - 1]] },
-        { data: BigInt64Array.from(tokens, (token) => BigInt(token.cell)), dims: [1, tokens.length] },
+        { data: x, dims: [tokens.length, 1, dims[stage - 1]] },
+        { data: BigInt64Array.from(tokens, (token) => BigInt(token.cell)), dims: [tokens.length, 1] },
         { data: this.#patches(image, read), dims: [1 + read.length, channels, side, side] },
-        { data: BigInt64Array.from(tokens, (token) => BigInt(token.isRefined ? ++row : 0)), dims: [1, tokens.length] },
+        { data: BigInt64Array.from(tokens, (token) => BigInt(token.isRefined ? ++row : 0)), dims: [tokens.length, 1] },
         { data: new Float32Array(tokens.length), dims: [1, tokens.length] },
       ];
     }
@@ -133,7 +133,7 @@ export function softmax(logits) {
 
 /** Why this page cannot run a bundle, in one sentence; null where it can. */
 export function whyNot(bundle) {
-  if (bundle.format !== 1) return `bundle.json has format ${bundle.format}; this page reads format 1: build it again.`;
+  if (bundle.format !== 2) return `bundle.json has format ${bundle.format}; this page reads format 2: build it again.`;
   if (bundle.kind !== "onnx") return `A bundle of kind ${bundle.kind} does not run in a browser; export with --format onnx.`;
   if (bundle.is_single) return "A single graph does not run in this page; export without --single-graph.";
   if (bundle.stages.some((stage) => stage[0].tokens !== null)) return "Graphs of fixed token counts do not run in this page; export without --buckets.";

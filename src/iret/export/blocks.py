@@ -1,0 +1,109 @@
+"""A model's blocks on a dense batch, written out in the order that engines run fastest.
+
+Tokens are packed token after token, [N B, D]: a head's queries, keys and values are then one stride apart in what the products
+left, and ONNX Runtime multiplies them there without moving them first. They come of a product each, because splitting
+one would copy it; the queries' carries the scale of the logits.
+
+Read next: `graphs`.
+"""
+
+from functools import reduce
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iret import vit
+from iret.selection import accumulate
+
+
+class Attention(nn.Module):
+    """Softmax attention, in products and a softmax.
+
+    Exporters write the fused kernel in many more steps, every size left open.
+    """
+
+    def __init__(self, attention: vit.Attention, importance: str | None) -> None:
+        """`importance`, "cls" or "column", is read here; None: it is not."""
+        super().__init__()
+        self.num_heads, self.importance = attention.num_heads, importance
+        dim = attention.proj.in_features
+        self.parts = nn.ModuleList(nn.Linear(dim, dim) for _ in range(3))  # queries, keys, values
+        factors = ((dim // self.num_heads) ** -0.5, 1.0, 1.0)
+        with torch.no_grad():
+            for part, weight, bias, factor in zip(
+                self.parts, attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3), factors, strict=True
+            ):
+                part.weight.copy_(weight * factor)
+                part.bias.copy_(bias * factor)
+        self.proj = attention.proj
+
+    def forward(
+        self, x: Float[Tensor, "NB D"], batch: int, bias: Float[Tensor, "B 1 1 N"] | None
+    ) -> tuple[Float[Tensor, "NB D"], Float[Tensor, "B H Q N"] | None]:
+        """The update, and the logits that importance is read off: of the class token, or of every query.
+
+        `bias` is added to a key's logits. The logits stand beside the attention, which engines can fuse then.
+        """
+        q, k, v = (part(x).reshape(-1, batch, self.num_heads, x.shape[1] // self.num_heads) for part in self.parts)
+        keys = k.permute(1, 2, 3, 0)
+        weights = _plus(q.permute(1, 2, 0, 3) @ keys, bias).softmax(-1)
+        update = self.proj((weights @ v.permute(1, 2, 0, 3)).permute(2, 0, 1, 3).reshape(-1, x.shape[1]))
+        if self.importance is None:
+            return update, None
+        return update, (q[:1] if self.importance == "cls" else q).permute(1, 2, 0, 3) @ keys
+
+
+class Blocks(nn.Module):
+    """The blocks of one `iret.model.Stage`."""
+
+    def __init__(self, stage: Any, is_scored: bool) -> None:
+        super().__init__()
+        unscored = len(stage.blocks) - min(stage.num_scored, len(stage.blocks)) if is_scored else len(stage.blocks)
+        self.importance = stage.importance
+        self.blocks = nn.ModuleList(
+            _Block(block, None if place < unscored else stage.importance) for place, block in enumerate(stage.blocks)
+        )
+        if is_scored:  # of each scored block's heads, in the running mean over them
+            shares = reduce(accumulate, torch.eye(len(stage.blocks) - unscored))
+            num_heads = stage.blocks[0].attn.num_heads
+            self.register_buffer("head_shares", shares.repeat_interleave(num_heads)[None] / num_heads)
+
+    def forward(
+        self, x: Float[Tensor, "NB D"], batch: int, bias: Float[Tensor, "B 1 1 N"] | None
+    ) -> tuple[Float[Tensor, "NB D"], Float[Tensor, "B N"] | None]:
+        """The tokens after all of them, and the attention each patch received in the scored ones, if any is."""
+        scored = []
+        for block in self.blocks:
+            x, logits = block(x, batch, bias)
+            if logits is not None:
+                scored.append(logits)
+        return x, self.received(torch.cat(scored, 1), bias) if scored else None
+
+    def received(self, logits: Float[Tensor, "B H Q N"], bias: Float[Tensor, "B 1 1 N"] | None) -> Float[Tensor, "B N"]:
+        """As `iret.attention.class_row` and `column_mean`, of all scored heads at once: sums to 1 an image, 0 at class tokens."""
+        weights = _plus(logits, bias)[..., 1:].softmax(-1)
+        if self.importance == "cls" or bias is None:
+            weights = weights.mean(2)
+        else:  # the mean over queries that are no padding
+            alive = bias.exp().transpose(2, 3)
+            weights = (weights * alive).sum(2) / alive.sum(2)
+        return F.pad((self.head_shares @ weights).squeeze(1), (1, 0))
+
+
+class _Block(nn.Module):
+    def __init__(self, block: Any, importance: str | None) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
+        self.attn = Attention(block.attn, importance)
+
+    def forward(self, x: Tensor, batch: int, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        update, logits = self.attn(self.norm1(x), batch, bias)
+        x = x + update
+        return x + self.mlp(self.norm2(x)), logits
+
+
+def _plus(logits: Tensor, bias: Tensor | None) -> Tensor:
+    return logits if bias is None else logits + bias
