@@ -82,6 +82,39 @@ def test_openvino_keeps_the_model_s_patches_and_gives_its_answers(traced, tmp_pa
     assert_right(tmp_path / "bundle", *export(make_model(), tmp_path / "bundle", "openvino"))
 
 
+def test_openvino_runs_one_image_whole_in_one_call_once_it_knows_the_stages(traced, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(traced[0], folder)
+    session, image = Session(folder, "openvino"), make_images(1).numpy()
+    first = session(image)
+    assert session._whole is None
+    again = session(image)
+    assert session._whole is not None
+    np.testing.assert_allclose(again.trace.stage_logits, first.trace.stage_logits, rtol=0, atol=1e-5)
+    assert np.ptp(again.trace.stage_logits) > 0.01
+    assert (again.trace.kept == first.trace.kept).all() and (again.trace.refined == first.trace.refined).all()
+    assert again.trace.exit_stage.tolist() == [1] and again.macs.tolist() == first.macs.tolist()
+    assert again.trace.importance.shape == first.trace.importance.shape and np.isnan(again.trace.importance).all()
+    # what drops, leaves early, has a deadline or company goes stage by stage, and is not disturbed
+    session._whole.run = None
+    for setting in ({"thresholds": 1.0}, {"exit_confidence": 0.99}, {"deadline_ms": 1e6}):
+        session(image, **setting)
+    assert session(make_images(2).numpy()).logits.shape == (2, 5)
+    fixed = Session(export(make_model(), tmp_path / "fixed", buckets=(5,)) and tmp_path / "fixed", "openvino")
+    assert [fixed(image).macs.tolist() for _ in range(3)] == [first.macs.tolist()] * 3
+
+
+def test_a_folder_that_changed_meanwhile_is_not_joined(traced, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(traced[0], folder)
+    session, image = Session(folder, "openvino"), make_images(1).numpy()
+    first = session(image)
+    (folder / "stage_1.onnx").write_bytes(b"of another model")
+    assert (session(image).logits == first.logits).all()
+    shutil.rmtree(folder)
+    assert (session(image).logits == first.logits).all()
+
+
 def test_onnx_runtime_keeps_the_model_s_patches_and_gives_its_answers(traced):
     assert_right(*traced)
 

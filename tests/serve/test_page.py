@@ -254,7 +254,9 @@ def pretend_session(bundle: Bundle, folder: Path, *, is_broken: bool = False) ->
                 logits[:] = np.nan
             x = (values[:, None] + np.arange(bundle.shape.embed_dims[stage])) % 97
             received = values % 16 / 16
-            return [logits] if stage == 2 else [x[:, None].astype(np.float32), received[None].astype(np.float32), logits]
+            return (
+                [logits] if stage == 2 else [x[:, None].astype(np.float32), received[None].astype(np.float32), logits]
+            )
 
         return run
 

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 
 Graph = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+Place = (
+    np.ndarray | tuple[int, ...] | None
+)  # what an input of a joined graph is: always this; given, so large; from the graph before
 
 
 def load_graph(engine: str, path: Path, threads: int | None = None) -> Graph:
@@ -73,14 +76,18 @@ def _load_onnxruntime(path: Path, threads: int | None) -> Graph:
 
 def _load_openvino(path: Path, threads: int | None) -> Graph:
     ov = import_or_say("openvino", "openvino")
+    try:
+        return _compile_openvino(ov, ov.Core().read_model(str(path)), threads)
+    except RuntimeError as error:
+        raise ValueError(f"OpenVINO cannot load {path}: {_first_line(error)}") from error
+
+
+def _compile_openvino(ov: Any, model: Any, threads: int | None) -> Graph:
     # Its CPU plug-in would compute in bf16 where the processor can; the answers must not depend on the machine.
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
-    try:
-        request = ov.Core().compile_model(str(path), "CPU", config).create_infer_request()
-    except RuntimeError as error:
-        raise ValueError(f"OpenVINO cannot load {path}: {_first_line(error)}") from error
+    request = ov.Core().compile_model(model, "CPU", config).create_infer_request()
     in_turn = Lock()
 
     def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -89,6 +96,31 @@ def _load_openvino(path: Path, threads: int | None) -> Graph:
             return [found[place].copy() for place in range(len(found))]  # the next call writes there again
 
     return run
+
+
+def join_openvino(paths: Sequence[Path], inputs: Sequence[Sequence[Place]], threads: int | None) -> Graph:
+    """Graphs that run one after another as a single one of fixed sizes, which OpenVINO runs faster; it holds the weights again.
+
+    `inputs` of each graph: an array, which it is then always; the shape of what the joined graph is given there, float32; or
+    None, the first output of the graph before. It returns the last output of each.
+    """
+    ov = import_or_say("openvino", "openvino")
+    core, given, last, latest = ov.Core(), [], [], None
+    for path, places in zip(paths, inputs, strict=True):
+        model = core.read_model(str(path))
+        for parameter, place in zip(model.get_parameters(), places, strict=True):
+            if isinstance(place, tuple):
+                parameter.set_partial_shape(ov.PartialShape(place))
+                given.append(parameter)
+            else:
+                source = latest if place is None else ov.opset13.constant(place).output(0)
+                parameter.output(0).replace(source)
+        results = model.get_results()
+        latest = results[0].input_value(0)
+        last.append(results[-1].input_value(0))
+    joined = ov.Model([ov.opset13.result(output) for output in last], given)
+    joined.validate_nodes_and_infer_types()
+    return _compile_openvino(ov, joined, threads)
 
 
 def _load_executorch(path: Path, threads: int | None) -> Graph:
@@ -120,3 +152,6 @@ LOADERS: dict[str, Callable[[Path, int | None], Graph]] = {
     "openvino": _load_openvino,
     "executorch": _load_executorch,
 }
+
+# Engines on which graphs that run one after another are faster as one of fixed sizes.
+JOINERS = {"openvino": join_openvino}

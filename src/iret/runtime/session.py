@@ -23,7 +23,7 @@ from iret.runtime.bundle import ENGINES, Bundle
 from iret.runtime.choice import Layout, choose, cut, to_importance
 from iret.runtime.controller import Decision
 from iret.runtime.cost import Shape, stage_macs
-from iret.runtime.engines import Graph, check_threads, load_graph
+from iret.runtime.engines import JOINERS, Graph, check_threads, load_graph
 from iret.runtime.keep import check_rule, read_exits, read_strengths
 from iret.runtime.pace import Paces
 from iret.runtime.points import (
@@ -40,6 +40,7 @@ from iret.runtime.preprocess import Source
 from iret.runtime.record import Record
 from iret.runtime.single import run_single
 from iret.runtime.stage import Batch, Stage
+from iret.runtime.whole import Whole
 
 LACKING = "this bundle has none; run `iret calibrate MODEL` and export the model again"
 MEASURE_SESSION = "session.measure() and session.save()"
@@ -125,6 +126,10 @@ class Session:
             for index, graphs in enumerate(self.bundle.stages)
         ]
         self._paces, self._in_turn = Paces(len(self.shape.depths)), Lock()
+        takes_any = not self.bundle.is_single and all(graphs[0].tokens is None for graphs in self.bundle.stages)
+        self._join = JOINERS.get(self.engine) if takes_any and load is load_graph else None
+        self._whole: Whole | None = None
+        self._joining = Lock()
 
     def __repr__(self) -> str:
         return f"Session({str(self._folder)!r}, {self.engine!r}, threads={self.threads})"
@@ -216,6 +221,8 @@ class Session:
         budgets, strengths, exits = self._settings(len(x), budget, thresholds, exit_confidence, rule)
         if self.bundle.is_single:
             record, stage_logits, importance = run_single(self._stages[0], batch, self.shape, strengths)
+        elif (whole := self._whole_for(batch, strengths, exits, until)) is not None:
+            record, stage_logits, importance = whole.run(batch)
         else:
             record, stage_logits, importance = self._run_staged(batch, strengths, exits, until, rule)
         kept, refined = record.grids()
@@ -320,6 +327,24 @@ class Session:
         )
 
     # ---- running
+
+    def _whole_for(self, batch: Batch, strengths: np.ndarray, exits: np.ndarray | None, until: float) -> Whole | None:
+        """The joined graph, where it does what is asked; None: run the stages.
+
+        Not before they have run, which teaches their pace to later calls with a deadline.
+        """
+        is_plain = len(batch.images) == 1 and exits is None and until == np.inf and not strengths.any()
+        if not is_plain or self._join is None or not self._paces.are_known:
+            return None
+        with self._joining:
+            if self._whole is None:
+                paths = [self._folder / graphs[0].file for graphs in self.bundle.stages]
+                try:
+                    self.bundle.verify(self._folder)  # the folder may hold another bundle by now
+                    self._whole = Whole(self._join, paths, self.shape, self.threads)
+                except (ValueError, RuntimeError, OSError):
+                    self._join = None
+        return self._whole
 
     def _run_staged(
         self, images: Batch, strengths: np.ndarray, exits: np.ndarray | None, until: float, rule: str

@@ -37,11 +37,7 @@ class Stage:
 
     def call(self, batch: "Batch", inputs: list[np.ndarray], width: int = 0) -> list[np.ndarray]:
         """The graph that takes `width` tokens an image, its time noted at `batch`."""
-        graph = next(graph for file, graph in self._graphs if file.tokens in (None, width))
-        began = time.perf_counter()
-        outputs = graph(inputs)
-        batch.engine_s += time.perf_counter() - began
-        return outputs
+        return batch.call(next(graph for file, graph in self._graphs if file.tokens in (None, width)), inputs)
 
     def run(
         self, batch: "Batch", x_TD: np.ndarray, layout: Layout, refined_T: np.ndarray | None
@@ -137,6 +133,13 @@ class Batch:
     def __init__(self, images: np.ndarray, shape: Shape) -> None:
         self.images, self._shape = images, shape
         self.engine_s = 0.0  # that the engine took for them so far
+
+    def call(self, graph: Graph, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """What it answers, its time noted."""
+        began = time.perf_counter()
+        outputs = graph(inputs)
+        self.engine_s += time.perf_counter() - began
+        return outputs
 
     def read(self, index: np.ndarray, room: int) -> np.ndarray:
         """float32 [`room`, C, P, P]: zeros, the patches at `index` (image * cells + cell, rising), zeros again."""
