@@ -63,20 +63,24 @@ class Choice:
     refined_T: np.ndarray | None  # bool [T]: a subset of `kept_T`; None: every patch that is kept
 
 
-@np.errstate(invalid="ignore", divide="ignore")  # a model that diverged gives no numbers; its loss says so
 def to_importance(received_T: np.ndarray, layout: Layout) -> np.ndarray:
-    """Attention as "times uniform": mean 1 over the live patches of each image; float64, -inf where masked."""
+    """Attention as "times uniform": mean 1 over the live patches of each image; float64, -inf where masked.
+
+    NaN where a model that diverged gives no numbers; its loss says so.
+    """
     received = received_T.astype(np.float64)
     if layout.is_one and layout.live_T is None:
         received[0] = 0.0
-        return received * ((len(received) - 1) / received.sum())
+        total = float(received.sum())
+        return received * ((len(received) - 1) / total if total else np.nan)
     received[layout.starts[:-1]] = 0.0
     live, counts = layout.live_T, layout.counts
     patches = counts - 1 if live is None else np.add.reduceat(live, layout.starts[:-1], dtype=np.int64) - 1
     if live is not None:
         received = np.where(live, received, 0.0)
-    scale = patches / np.add.reduceat(received, layout.starts[:-1])
-    importance = received * scale.repeat(counts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = patches / np.add.reduceat(received, layout.starts[:-1])
+        importance = received * scale.repeat(counts)
     return importance if live is None else np.where(live, importance, -np.inf)
 
 

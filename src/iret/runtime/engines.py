@@ -77,12 +77,13 @@ def _load_onnxruntime(path: Path, threads: int | None) -> Graph:
 def _load_openvino(path: Path, threads: int | None) -> Graph:
     ov = import_or_say("openvino", "openvino")
     try:
-        return _compile_openvino(ov, ov.Core().read_model(str(path)), threads)
+        return _compile_openvino(ov, str(path), threads)
     except RuntimeError as error:
         raise ValueError(f"OpenVINO cannot load {path}: {_first_line(error)}") from error
 
 
 def _compile_openvino(ov: Any, model: Any, threads: int | None) -> Graph:
+    """`model`: its path, or the graph itself."""
     # Its CPU plug-in would compute in bf16 where the processor can; the answers must not depend on the machine.
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
     if threads:

@@ -29,7 +29,10 @@ class Record:
             cells = layout.cell_T[1:]
             self.kept[stage, 0, cells] = True
             if stage:
-                self.refined[stage, 0, cells if refined_T is None else cells[refined_T[1:]]] = True
+                if refined_T is None:
+                    self.refined[stage] = self.kept[stage]
+                else:
+                    self.refined[stage, 0, cells[refined_T[1:]]] = True
             return
         is_live = layout.cell_T >= 0 if layout.live_T is None else (layout.cell_T >= 0) & layout.live_T
         if len(is_live) == self.kept[stage].size + batch and layout.live_T is None:

@@ -370,7 +370,7 @@ class Session:
                 speed = paces.speed = took / macs or speed  # a clock too coarse to see it
             paces.learn(index, macs, took / speed)
             record.add(index, layout, refined_T)
-            stage_logits[index, layout.images] = logits
+            stage_logits[index, slice(None) if len(layout.images) == batch else layout.images] = logits
             if index == num_stages - 1:
                 break
             if exits is not None:

@@ -30,10 +30,13 @@ class Stage:
         self._steps = np.arange(1 + bundle.shape.num_patches, dtype=np.int64)
         macs = stage_macs(bundle.shape, index, self._steps, self._steps, scored=True)
         self._macs = np.asarray(macs, dtype=np.float64)  # of one image, by the patches it has
+        self._macs_of_one = self._macs.tolist()
 
     def macs(self, layout: Layout) -> float:
         """Of all images of `layout` in this stage, every patch refined."""
-        return float(self._macs[len(layout.cell_T) - 1] if layout.is_one else self._macs[layout.counts - 1].sum())
+        if layout.is_one:
+            return self._macs_of_one[len(layout.cell_T) - 1]
+        return float(self._macs[layout.counts - 1].sum())
 
     def call(self, batch: "Batch", inputs: list[np.ndarray], width: int = 0) -> list[np.ndarray]:
         """The graph that takes `width` tokens an image, its time noted at `batch`."""
