@@ -2,10 +2,10 @@
 
 The counts are those of test images: what a calibrated model (`--counts`) keeps of them (`--data`) at the thresholds of its
 operating points, as shares of its grid, and the stage after which they leave: all images at one point, chosen for a MAC ratio, or
-every image at its own ("mixed"), drawn evenly, as when the requests of a server bring their budgets. Four things run in turn: the
-whole model; the packed run (`Iret.replay`, choosing included); its *ceiling*, the same layers at the same counts with nothing
-scored, chosen or gathered; and the same run with the whole block padded to its longest image, those that left as well. Beside them
-a static ViT of DeiT-S shape, and peak memory by budget.
+every image at its own ("mixed"), drawn evenly, as when the requests of a server bring their budgets. Four things run in turn:
+the whole model; the packed run (`Iret.replay`, choosing included); its *ceiling*, the same layers at the same counts with
+nothing scored, chosen or gathered; and the same run with the whole block padded to its longest image, those that left as well.
+Beside them a static ViT of DeiT-S shape, and peak memory by budget.
 
     python benchmarks/batch.py --out results/...     takes some minutes; run it alone on the machine
 """

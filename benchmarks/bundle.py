@@ -134,12 +134,10 @@ def make_work(engine: str, model: iret.Iret, scratch: Path, calls: Calls) -> tup
     export(model, scratch / kind, kind)
     session = iret.Session(scratch / kind, engine, threads=1)
     watched = iret.Session(scratch / kind, engine, threads=1, load=calls.load)
-    vit = trained_looking(VisionTransformer()).eval()
-    graphs = {"static": Static(model).eval(), "deit_s": vit}
+    graphs = {"static": Static(model).eval(), "deit_s": trained_looking(VisionTransformer()).eval()}
     work, met, hosted = {}, {}, {}
     with torch.no_grad():
         assert torch.allclose(graphs["static"](image), model(image), atol=1e-4)
-        assert torch.allclose(graphs["deit_s"](image), vit(image), atol=1e-4)
         for asked in RATIOS:
             name, thresholds = f"bundle {asked:g}", thresholds_for(model, image, asked)
             work[name] = partial(session, inputs, thresholds=thresholds)

@@ -7,6 +7,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +25,7 @@ from iret.export.int8 import quantize_onnx
 from iret.export.parity import Parity
 from iret.model import Iret
 from iret.runtime.bundle import FILE_NAME, Bundle
+from iret.runtime.engines import JOINERS, load_graph
 from iret.runtime.session import Session
 
 pytestmark = pytest.mark.graph  # the hook that checks shapes in signatures cannot be traced
@@ -82,37 +85,78 @@ def test_openvino_keeps_the_model_s_patches_and_gives_its_answers(traced, tmp_pa
     assert_right(tmp_path / "bundle", *export(make_model(), tmp_path / "bundle", "openvino"))
 
 
-def test_openvino_runs_one_image_whole_in_one_call_once_it_knows_the_stages(traced, tmp_path):
+def test_openvino_runs_one_image_whole_in_one_call_once_it_knows_the_stages(traced, tmp_path, monkeypatch):
     folder = tmp_path / "bundle"
     shutil.copytree(traced[0], folder)
     session, image = Session(folder, "openvino"), make_images(1).numpy()
     first = session(image)
-    assert session._whole is None
+    for _ in range(2):
+        session(image, thresholds=1.0)
+    assert not session._whole.is_made
     again = session(image)
-    assert session._whole is not None
+    assert session._whole.is_made
+    assert 0 < again.engine_s < again.time_s < 0.1  # making it is no part of a run
     np.testing.assert_allclose(again.trace.stage_logits, first.trace.stage_logits, rtol=0, atol=1e-5)
     assert np.ptp(again.trace.stage_logits) > 0.01
     assert (again.trace.kept == first.trace.kept).all() and (again.trace.refined == first.trace.refined).all()
     assert again.trace.exit_stage.tolist() == [1] and again.macs.tolist() == first.macs.tolist()
     assert again.trace.importance.shape == first.trace.importance.shape and np.isnan(again.trace.importance).all()
     # what drops, leaves early, has a deadline or company goes stage by stage, and is not disturbed
-    session._whole.run = None
+    monkeypatch.setattr(session._whole, "run", None)
     for setting in ({"thresholds": 1.0}, {"exit_confidence": 0.99}, {"deadline_ms": 1e6}):
         session(image, **setting)
     assert session(make_images(2).numpy()).logits.shape == (2, 5)
-    fixed = Session(export(make_model(), tmp_path / "fixed", buckets=(5,)) and tmp_path / "fixed", "openvino")
-    assert [fixed(image).macs.tolist() for _ in range(3)] == [first.macs.tolist()] * 3
+    # nor are graphs joined that somebody else loaded, or those of another engine
+    watched = Session(folder, "openvino", load=lambda *file: load_graph(*file))
+    assert watched._whole is None and Session(folder, "onnxruntime")._whole is None
 
 
-def test_a_folder_that_changed_meanwhile_is_not_joined(traced, tmp_path):
+def test_a_folder_that_changed_meanwhile_is_not_joined(traced, tmp_path, caplog):
     folder = tmp_path / "bundle"
     shutil.copytree(traced[0], folder)
     session, image = Session(folder, "openvino"), make_images(1).numpy()
     first = session(image)
     (folder / "stage_1.onnx").write_bytes(b"of another model")
-    assert (session(image).logits == first.logits).all()
+    for _ in range(5):
+        assert (session(image).logits == first.logits).all()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"stages are run one by one, because they could not be joined: {folder / 'stage_1.onnx'} is damaged or was changed; "
+        "copy the bundle again."
+    ]
     shutil.rmtree(folder)
     assert (session(image).logits == first.logits).all()
+
+
+def test_threads_that_want_the_whole_at_once_make_it_once_or_do_without(traced, monkeypatch):
+    made = []
+
+    def join(paths, inputs, threads):
+        made.append(paths)
+        time.sleep(0.05)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setitem(JOINERS, "openvino", join)
+    session, image = Session(traced[0], "openvino"), make_images(1).numpy()
+    for _ in range(3):
+        expected = session(image).logits
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: session(image).logits, range(8)))
+    assert all((each == expected).all() for each in found)
+    assert len(made) == 1
+
+
+def test_a_bundle_of_an_older_format_is_replaced(traced, tmp_path, monkeypatch):
+    copy_graphs(traced[0], monkeypatch)
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "stage_0.onnx").touch()
+    (folder / FILE_NAME).write_text(json.dumps({"format": 1, "checksums": {"stage_0.onnx": "0"}}))
+    with pytest.raises(
+        ValueError, match="has format 1; this version of iret reads bundles of format 2: export the model again"
+    ):
+        Session(folder)
+    bundle, _ = export(make_model(), folder)
+    assert Bundle.read(folder) == bundle
 
 
 def test_onnx_runtime_keeps_the_model_s_patches_and_gives_its_answers(traced):

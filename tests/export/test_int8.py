@@ -105,7 +105,7 @@ def test_every_graph_is_calibrated_on_what_it_was_given_at_every_setting(tmp_pat
     firsts = [call[0] for call in calls["stage_0"]]
     assert all(any((each == image).all() for each in firsts) for image in images[:, None])
     # everything kept, and the floor alone
-    assert sorted({call[0].shape[1] for call in calls["stage_1"]}) == [5, 13]
+    assert sorted({call[0].shape[0] for call in calls["stage_1"]}) == [5, 13]
 
 
 def test_a_graph_is_calibrated_on_so_many_calls_at_most_drawn_from_all(tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_a_graph_is_calibrated_on_so_many_calls_at_most_drawn_from_all(tmp_path,
     drawn = [int((images == call[0]).all((1, 2, 3)).argmax()) for call in calls["stage_0"]]
     assert len(set(drawn)) == 8
     assert max(drawn) > 12  # late ones, too
-    assert {call[0].shape[1] for call in calls["stage_1"]} == {5, 13}
+    assert {call[0].shape[0] for call in calls["stage_1"]} == {5, 13}
 
 
 def test_a_bucket_that_no_image_fills_is_named_with_the_way_out(tmp_path, monkeypatch):

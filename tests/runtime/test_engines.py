@@ -62,8 +62,10 @@ def test_threads_that_can_be_had_are_taken(threads):
 # ---- ONNX Runtime
 
 
-def play_onnxruntime(monkeypatch, error: Exception | None = None) -> list:
+def play_onnxruntime(monkeypatch, error: Exception | None = None, is_taken: bool = False) -> tuple[list, list]:
+    """What sessions are made with, and the arenas that are registered; `is_taken`: the program has one of its own."""
     noted: list = []
+    arenas: list[tuple] = []
 
     class InferenceSession:
         def __init__(self, path: str, options, providers: list[str]) -> None:
@@ -86,10 +88,9 @@ def play_onnxruntime(monkeypatch, error: Exception | None = None) -> list:
 
     def create_and_register_allocator(memory: tuple, config: None) -> None:
         arenas.append(memory)
-        if len(arenas) > 1:
+        if is_taken:
             raise RuntimeError("An allocator for this device has already been registered")
 
-    arenas: list[tuple] = []
     played = SimpleNamespace(
         SessionOptions=SessionOptions,
         InferenceSession=InferenceSession,
@@ -99,21 +100,24 @@ def play_onnxruntime(monkeypatch, error: Exception | None = None) -> list:
         create_and_register_allocator=create_and_register_allocator,
     )
     monkeypatch.setitem(sys.modules, "onnxruntime", played)
-    return noted
+    monkeypatch.setattr(engines, "_registered", [])
+    return noted, arenas
 
 
 @pytest.mark.parametrize(("threads", "asked"), [(None, 0), (3, 3)])  # its 0 is "as many as I like"
 def test_onnx_runtime_gets_its_threads_and_runs_on_the_cpu(monkeypatch, threads, asked):
-    noted = play_onnxruntime(monkeypatch)
+    noted, _ = play_onnxruntime(monkeypatch)
     load_graph("onnxruntime", PATH, threads)
     assert noted == [("stage_0", asked, 1, ["CPUExecutionProvider"])]
 
 
-def test_graphs_of_one_process_share_an_arena_and_later_ones_do_not_mind(monkeypatch):
-    noted = play_onnxruntime(monkeypatch)
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_graphs_of_one_process_share_the_one_arena_that_is_registered(monkeypatch, is_taken):
+    noted, arenas = play_onnxruntime(monkeypatch, is_taken=is_taken)
     for _ in range(3):
         load_graph("onnxruntime", PATH)
     assert len(noted) == 3
+    assert arenas == [("Cpu", "arena", 0, "default")]
 
 
 def test_arrays_go_in_in_the_order_of_the_graph_and_none_may_be_missing(monkeypatch):

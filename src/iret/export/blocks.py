@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iret import vit
+from iret.attention import attend
 from iret.selection import accumulate
 
 
@@ -30,7 +31,9 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.importance = attention.num_heads, importance
         dim = attention.proj.in_features
-        self.parts = nn.ModuleList(nn.Linear(dim, dim) for _ in range(3))  # queries, keys, values
+        assert attention.function is attend, "only softmax attention is written out here"
+        # queries, keys, values
+        self.parts = nn.ModuleList(nn.utils.skip_init(nn.Linear, dim, dim) for _ in range(3))
         factors = ((dim // self.num_heads) ** -0.5, 1.0, 1.0)
         with torch.no_grad():
             for part, weight, bias, factor in zip(

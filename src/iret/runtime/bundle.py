@@ -109,7 +109,10 @@ class Bundle:
             raise ValueError(f"{path} is not valid JSON ({error}); export the model again.") from error
         version = raw.pop("format", None) if isinstance(raw, dict) else None
         if version != FORMAT:
-            raise ValueError(f"{path} has format {version!r}; this version of iret reads bundles of format {FORMAT}.")
+            raise ValueError(
+                f"{path} has format {version!r}; this version of iret reads bundles of format {FORMAT}: export the model again "
+                "with it."
+            )
         try:
             points = raw.pop("points")
             fixed: dict[str, Any] = {

@@ -55,11 +55,7 @@ def _load_onnxruntime(path: Path, threads: int | None) -> Graph:
     options.log_severity_level = 3  # errors
     # The stages of a run take their memory from one arena, piece by piece, and so are given what the last one left in the cache.
     # An arena each and a plan of it, the default, take 3 to 4 % longer (docs/LOG.md, 2026-11-26).
-    arena = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    with suppress(
-        Exception
-    ):  # there is one: of an earlier graph, or of the program's own; errors here share no base class
-        ort.create_and_register_allocator(arena, None)
+    _register_arena(ort)
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.enable_mem_pattern = False
     try:
@@ -72,6 +68,22 @@ def _load_onnxruntime(path: Path, threads: int | None) -> Graph:
         return session.run(None, dict(zip(names, inputs, strict=True)))
 
     return run
+
+
+_register_once = Lock()
+_registered: list[Any] = []  # the modules of ONNX Runtime whose sessions share an arena; one, but for tests
+
+
+def _register_arena(ort: Any) -> None:
+    """One arena on the CPU for all sessions that ask for it, as long as the process lives. Another would replace it."""
+    with _register_once:
+        if ort not in _registered:
+            info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+            with suppress(
+                Exception
+            ):  # where the program has one, older versions say so; errors here share no base class
+                ort.create_and_register_allocator(info, None)
+            _registered.append(ort)
 
 
 def _load_openvino(path: Path, threads: int | None) -> Graph:

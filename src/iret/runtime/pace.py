@@ -25,6 +25,11 @@ class Paces:
         """Whether every stage has run."""
         return all(sums[0] > 0 for sums in self._sums)
 
+    @property
+    def are_settled(self) -> bool:
+        """Whether every stage has run three times or more: the first calls of a graph are slow."""
+        return all(sums[0] > 1 + FORGETTING for sums in self._sums)
+
     def learn(self, stage: int, macs: float, time: float) -> None:
         """A call took so long."""
         with self._lock:

@@ -60,7 +60,7 @@ class Record:
             counts = (
                 np.count_nonzero(grid[: self.stages_run, 0], axis=1).tolist() for grid in (self.kept, self.refined)
             )
-            return np.array([plan_macs(self.shape, *counts, scored=bool(np.any(scored)))])
+            return np.array([plan_macs(self.shape, *counts, scored=bool(np.any(scored)))], dtype=np.int64)
         exits = self.exits
         stages_run = None if exits.min() == len(self.shape.depths) - 1 else exits + 1
         return macs(self.shape, self.kept.sum(2), self.refined.sum(2), scored=scored, stages_run=stages_run)

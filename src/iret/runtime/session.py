@@ -127,9 +127,8 @@ class Session:
         ]
         self._paces, self._in_turn = Paces(len(self.shape.depths)), Lock()
         takes_any = not self.bundle.is_single and all(graphs[0].tokens is None for graphs in self.bundle.stages)
-        self._join = JOINERS.get(self.engine) if takes_any and load is load_graph else None
-        self._whole: Whole | None = None
-        self._joining = Lock()
+        can_join = takes_any and self.engine in JOINERS and load is load_graph
+        self._whole = Whole(JOINERS[self.engine], folder, self.bundle, threads) if can_join else None
 
     def __repr__(self) -> str:
         return f"Session({str(self._folder)!r}, {self.engine!r}, threads={self.threads})"
@@ -219,9 +218,13 @@ class Session:
         if budget is None and thresholds is None:
             budget = 1.0 if until == np.inf else self._affordable(len(x), until - started)
         budgets, strengths, exits = self._settings(len(x), budget, thresholds, exit_confidence, rule)
+        whole = self._whole if self._may_run_whole(batch, strengths, exits, until) else None
+        if whole is not None and not whole.is_made:
+            whole = whole if whole.make() else None
+            started = self._clock()  # once in a session: no part of what a run takes
         if self.bundle.is_single:
             record, stage_logits, importance = run_single(self._stages[0], batch, self.shape, strengths)
-        elif (whole := self._whole_for(batch, strengths, exits, until)) is not None:
+        elif whole is not None:
             record, stage_logits, importance = whole.run(batch)
         else:
             record, stage_logits, importance = self._run_staged(batch, strengths, exits, until, rule)
@@ -328,23 +331,10 @@ class Session:
 
     # ---- running
 
-    def _whole_for(self, batch: Batch, strengths: np.ndarray, exits: np.ndarray | None, until: float) -> Whole | None:
-        """The joined graph, where it does what is asked; None: run the stages.
-
-        Not before they have run, which teaches their pace to later calls with a deadline.
-        """
+    def _may_run_whole(self, batch: Batch, strengths: np.ndarray, exits: np.ndarray | None, until: float) -> bool:
+        """Not before the stages ran a few times, which teaches their pace to later calls with a deadline."""
         is_plain = len(batch.images) == 1 and exits is None and until == np.inf and not strengths.any()
-        if not is_plain or self._join is None or not self._paces.are_known:
-            return None
-        with self._joining:
-            if self._whole is None:
-                paths = [self._folder / graphs[0].file for graphs in self.bundle.stages]
-                try:
-                    self.bundle.verify(self._folder)  # the folder may hold another bundle by now
-                    self._whole = Whole(self._join, paths, self.shape, self.threads)
-                except (ValueError, RuntimeError, OSError):
-                    self._join = None
-        return self._whole
+        return bool(is_plain) and self._whole is not None and self._paces.are_settled
 
     def _run_staged(
         self, images: Batch, strengths: np.ndarray, exits: np.ndarray | None, until: float, rule: str
