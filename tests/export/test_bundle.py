@@ -91,7 +91,7 @@ def test_openvino_runs_one_image_whole_in_one_call_once_it_knows_the_stages(trac
     session, image = Session(folder, "openvino"), make_images(1).numpy()
     first = session(image)
     for _ in range(2):
-        session(image, thresholds=1.0)
+        session(image)
     assert not session._whole.is_made
     again = session(image)
     assert session._whole.is_made

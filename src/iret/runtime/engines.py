@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 Graph = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
-Place = (
-    np.ndarray | tuple[int, ...] | None
-)  # what an input of a joined graph is: always this; given, so large; from the graph before
+# An input of a graph that is joined to others, as `join_openvino` takes it.
+Place = np.ndarray | tuple[int, ...] | None
 
 
 def load_graph(engine: str, path: Path, threads: int | None = None) -> Graph:
@@ -79,9 +78,8 @@ def _register_arena(ort: Any) -> None:
     with _register_once:
         if ort not in _registered:
             info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-            with suppress(
-                Exception
-            ):  # where the program has one, older versions say so; errors here share no base class
+            # Where the program has one, older versions say so; errors here share no base class.
+            with suppress(Exception):
                 ort.create_and_register_allocator(info, None)
             _registered.append(ort)
 

@@ -64,7 +64,7 @@ class Output:
     logits: np.ndarray  # float32 [B, classes]
     macs: np.ndarray  # int64 [B]: multiply-accumulates spent on each image
     trace: Trace
-    time_s: float  # of all of it, preprocessing excepted
+    time_s: float  # of all of it, but for preprocessing and, once in a session, joining its stages
     engine_s: float  # of that, inside the engine
     budget: np.ndarray | None = None  # float [B]: where the dial stood; None where thresholds were given
     decision: Decision | None = None  # of the controller, where it was asked
@@ -220,7 +220,8 @@ class Session:
         budgets, strengths, exits = self._settings(len(x), budget, thresholds, exit_confidence, rule)
         whole = self._whole if self._may_run_whole(batch, strengths, exits, until) else None
         if whole is not None and not whole.is_made:
-            whole = whole if whole.make() else None
+            if not whole.make():
+                whole = self._whole = None
             started = self._clock()  # once in a session: no part of what a run takes
         if self.bundle.is_single:
             record, stage_logits, importance = run_single(self._stages[0], batch, self.shape, strengths)
