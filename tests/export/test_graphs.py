@@ -36,6 +36,7 @@ def make_images(model: Iret, batch: int = 6, seed: int = 1) -> torch.Tensor:
         {"importance": "column"},
         {"in_chans": 1},
         {"depths": (1, 2), "embed_dims": (16, 32)},
+        {"depths": (3, 3, 1), "scored_blocks": 3},  # in whose running mean the last counts more
     ],
     ids=str,
 )
