@@ -219,13 +219,12 @@ class Session:
             budget = 1.0 if until == np.inf else self._affordable(len(x), until - started)
         budgets, strengths, exits = self._settings(len(x), budget, thresholds, exit_confidence, rule)
         whole = self._whole if self._may_run_whole(batch, strengths, exits, until) else None
-        if whole is not None and not whole.is_made:
-            if not whole.make():
-                whole = self._whole = None
+        if whole and not whole.is_made:
+            whole = self._whole = whole if whole.make() else None
             started = self._clock()  # once in a session: no part of what a run takes
         if self.bundle.is_single:
             record, stage_logits, importance = run_single(self._stages[0], batch, self.shape, strengths)
-        elif whole is not None:
+        elif whole:
             record, stage_logits, importance = whole.run(batch)
         else:
             record, stage_logits, importance = self._run_staged(batch, strengths, exits, until, rule)
