@@ -40,7 +40,7 @@ from iret.measure.latency import measure_latency, pin_threads, ratio
 from iret.runtime.bundle import ENGINES
 from iret.runtime.cost import full_macs
 from iret.runtime.engines import load_graph
-from iret.runtime.session import Output as SessionOutput
+from iret.runtime.record import Output as SessionOutput
 from iret.vit import VisionTransformer
 
 RATIOS = (1.0, 1.7, 2.7, 4.0)

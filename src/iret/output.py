@@ -38,14 +38,14 @@ class Record:
     """What one run did and what its heads said."""
 
     def __init__(self, shape: Shape, batch: int, device: torch.device) -> None:
-        self.host, self.batch, self.device = HostRecord(shape, batch), batch, device
+        self.host, self.device = HostRecord(shape, batch), device
         self.stage_logits: list[Tensor] = []
 
     def add(self, stage: int, layout: Layout, refined_T: np.ndarray | None, answers: Tensor) -> None:
         """The images of `layout` passed `stage` and its head said `answers`; see `iret.runtime.record`."""
         self.host.add(stage, layout, refined_T)
-        if len(layout.images) < self.batch:
-            unanswered = answers.new_full((self.batch, answers.shape[1]), float("nan"))
+        if len(layout.images) < self.host.batch:
+            unanswered = answers.new_full((self.host.batch, answers.shape[1]), float("nan"))
             answers = unanswered.index_copy(0, torch.from_numpy(layout.images).to(self.device), answers)
         self.stage_logits.append(answers)
 
@@ -55,8 +55,8 @@ class Record:
         if self.host.exit_stage is None:
             logits = self.stage_logits[-1]
         else:
-            logits = torch.stack(self.stage_logits)[exit_stage, torch.arange(self.batch, device=self.device)]
-        not_run = [torch.full_like(logits, float("nan"))] * (len(self.host.kept) - len(self.stage_logits))
-        kept, refined = (torch.from_numpy(grid).to(self.device) for grid in self.host.grids())
+            logits = torch.stack(self.stage_logits)[exit_stage, torch.arange(self.host.batch, device=self.device)]
+        not_run = [torch.full_like(logits, float("nan"))] * (len(self.host.shape.depths) - len(self.stage_logits))
+        kept, refined = (torch.from_numpy(grid).to(self.device) for grid in self.host.grids)
         trace = Trace(torch.stack(self.stage_logits + not_run), exit_stage, kept, refined)
         return Output(logits, torch.from_numpy(self.host.macs(scored)).to(self.device), trace)

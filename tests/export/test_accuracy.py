@@ -9,7 +9,8 @@ from iret.export.accuracy import HeldOut, judge, settings_judged, split
 from iret.model import Iret
 from iret.runtime.cost import Shape, full_macs
 from iret.runtime.points import OperatingPoints, Point
-from iret.runtime.session import Output as SessionOutput, Session, Trace
+from iret.runtime.record import Output as SessionOutput, Trace
+from iret.runtime.session import Session
 from iret.train.data import ImageData
 
 
@@ -63,7 +64,7 @@ class Replay(Session):
                 logits[place] = np.roll(logits[place], 1)
                 kept[-1, place, 0, 0] = False
         trace = Trace(out.trace.stage_logits.numpy(), out.trace.exit_stage.numpy(), kept, kept, np.zeros(0))
-        return SessionOutput(logits, out.macs.numpy(), trace, 0.0, 0.0)
+        return SessionOutput(logits, out.macs.numpy(), lambda: trace, 0.0, 0.0)
 
 
 def test_top_1_agreement_and_the_paired_interval_are_those_of_the_images(monkeypatch):

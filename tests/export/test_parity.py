@@ -14,7 +14,7 @@ from iret.output import Output, Trace
 from iret.runtime.bundle import Bundle, GraphFile
 from iret.runtime.cost import Shape, full_macs
 from iret.runtime.points import OperatingPoints, Point
-from iret.runtime.session import Output as SessionOutput, Trace as SessionTrace
+from iret.runtime.record import Output as SessionOutput, Trace as SessionTrace
 
 # one image of 6 patches, two stages, three classes; the floor is 2
 IMPORTANCE = np.array([2.0, 1.5, 1.0, 0.8, 0.5, 0.2])
@@ -58,7 +58,7 @@ def make_runs(
         cells((), found_refined),
         importance.reshape(1, 1, 2, 3),
     )
-    return model, SessionOutput(logits[1] + np.float32(gap), np.array([macs]), trace, 0.0, 0.0)
+    return model, SessionOutput(logits[1] + np.float32(gap), np.array([macs]), lambda: trace, 0.0, 0.0)
 
 
 def count(parity: Parity = Parity(), **options) -> Parity:  # noqa: B008 - frozen

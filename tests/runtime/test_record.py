@@ -5,7 +5,7 @@ import pytest
 
 from iret.runtime.choice import Layout
 from iret.runtime.cost import Shape, plan_macs
-from iret.runtime.record import Record
+from iret.runtime.record import Output, Record, Trace
 
 # Three stages on a grid of 2 x 3 patches of 4 px.
 SHAPE = Shape(
@@ -28,7 +28,7 @@ def test_every_image_costs_what_its_own_way_costs():
     assert record.exits.tolist() == [1, 0, 2]
     ways = (((6, 4), (0, 2)), ((6,), (0,)), ((6, 2, 1), (0, 2, 1)))
     assert record.macs(scored=True).tolist() == [plan_macs(SHAPE, *way, scored=True) for way in ways]
-    kept, refined = record.grids()
+    kept, refined = record.grids
     assert kept.shape == refined.shape == (3, 3, 2, 3)
     assert kept[1, 0].tolist() == [[True, True, True], [False, False, True]]
     assert refined[1, 0].tolist() == [[True, False, False], [False, False, True]]
@@ -47,7 +47,7 @@ def test_masked_patches_were_not_looked_at():
     record = Record(SHAPE, 1)
     record.add(0, Layout.whole(1, 6), None)
     record.add(1, layout([0], range(6), live=[True, True, False, True, False, False, True]), None)
-    kept, refined = record.grids()
+    kept, refined = record.grids
     assert kept[1, 0].tolist() == refined[1, 0].tolist() == [[True, False, True], [False, False, True]]
 
 
@@ -55,8 +55,9 @@ def test_details_never_enter_in_the_first_stage_and_later_at_every_patch_unless_
     record = Record(SHAPE, 2)
     record.add(0, Layout.whole(2, 6), None)
     record.add(1, Layout.whole(2, 6), None)
-    assert not record.refined[0].any()
-    assert record.refined[1].all()
+    _, refined = record.grids
+    assert not refined[0].any()
+    assert refined[1].all()
     assert record.exits.tolist() == [1, 1]  # nobody went on: a deadline
 
 
@@ -80,6 +81,35 @@ def test_an_image_alone_is_recorded_as_beside_another(refined):
     alone.add(1, Layout(np.array([-1, *cells]), np.array([0, 5]), np.array([0])), refined_T)
     both = Layout(np.array([-1, *cells, *two.cell_T[7:]]), np.array([0, 5, 12]), np.array([0, 1]))
     beside.add(1, both, None if refined_T is None else np.append(refined_T, np.ones(7, dtype=bool)))
-    for one, of_two in zip(alone.grids(), beside.grids(), strict=True):
+    for one, of_two in zip(alone.grids, beside.grids, strict=True):
         assert (one[:, 0] == of_two[:, 0]).all()
         assert one[1].any()
+
+
+def test_importance_stands_where_something_was_to_be_chosen():
+    record = Record(SHAPE, 2)
+    for stage in range(2):
+        record.add(stage, Layout.whole(2, 6), None)
+    some = layout([0, 1], [0, 5], [2])
+    record.see(1, some, np.array([9.0, 0.5, 1.5, 9.0, 1.0]))
+    seen = record.importance()
+    assert seen.shape == (2, 2, 2, 3)
+    assert np.isnan(seen[0]).all()
+    assert seen[1, 0, 0, 0] == 0.5
+    assert seen[1, 0, 1, 2] == 1.5
+    assert seen[1, 1, 0, 2] == 1.0
+    assert np.isfinite(seen).sum() == 3
+
+
+def test_a_trace_is_made_when_somebody_asks_for_it_and_once():
+    record, made = Record(SHAPE, 1), []
+    record.add(0, Layout.whole(1, 6), None)
+
+    def look() -> Trace:
+        made.append(Trace.of(record, np.zeros((3, 1, 2), np.float32)))
+        return made[-1]
+
+    out = Output(np.zeros((1, 2), np.float32), record.macs(scored=False), look, 0.0, 0.0)
+    assert not made
+    assert out.trace is out.trace is made[0]
+    assert out.trace.kept.sum() == 6

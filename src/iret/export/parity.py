@@ -23,7 +23,8 @@ from iret.output import Output
 from iret.runtime.bundle import Bundle
 from iret.runtime.keep import read_exits, read_strengths
 from iret.runtime.points import BUDGETS
-from iret.runtime.session import Output as SessionOutput, Session
+from iret.runtime.record import Output as SessionOutput
+from iret.runtime.session import Session
 
 TOLERANCE = 1e-4  # of logits
 TIE = 1e-4  # of importance, which is 1 in the mean

@@ -34,6 +34,12 @@ class Layout:
         cell = np.tile(np.arange(-1, num_cells, dtype=np.int64), batch)
         return Layout(cell, np.arange(batch + 1) * (1 + num_cells), np.arange(batch))
 
+    @staticmethod
+    def of(grid: np.ndarray) -> "Layout":
+        """Of the patches that are True in bool [B, cells]."""
+        has_token = np.pad(grid, ((0, 0), (1, 0)), constant_values=True)
+        return Layout(has_token.nonzero()[1] - 1, to_starts(has_token.sum(1)), np.arange(len(grid)))
+
     @property
     def is_one(self) -> bool:
         """Whether there is one image alone, where every step counts."""
@@ -47,6 +53,10 @@ class Layout:
     def image_T(self) -> np.ndarray:
         """Each token's image, as numbered in the whole batch."""
         return self.images.repeat(self.counts)
+
+    def pack(self, grid: np.ndarray) -> np.ndarray:
+        """[B, cells], an entry a patch of the images here, as an entry a token; class tokens get 0."""
+        return np.pad(grid, ((0, 0), (1, 0)))[np.arange(len(grid)).repeat(self.counts), self.cell_T + 1]
 
     def take(self, goes_on: np.ndarray) -> tuple["Layout", np.ndarray]:
         """Of some images only, and the rows of their tokens."""
@@ -71,7 +81,7 @@ def to_importance(received_T: np.ndarray, layout: Layout) -> np.ndarray:
     received = received_T.astype(np.float64)
     if layout.is_one and layout.live_T is None:
         received[0] = 0.0
-        total = float(received.sum())
+        total = float(np.add.reduce(received))
         return received * ((len(received) - 1) / total if total else np.nan)
     received[layout.starts[:-1]] = 0.0
     live, counts = layout.live_T, layout.counts
@@ -95,6 +105,12 @@ def choose(
 
     Where the two are equal, all that is kept is refined, the floor too.
     """
+    if layout.is_one and rule == "threshold":  # what follows, in fewer steps
+        keep_at, refine_at = strengths[0].tolist()
+        kept = importance_T >= keep_at - ROUNDING_SHARE
+        kept[0] = True
+        if keep_at == refine_at and np.count_nonzero(kept) > min_keep:
+            return Choice(kept, None)
     kept = _keep(importance_T, layout, strengths[:, 0], rule, min_keep)
     kept[layout.starts[:-1]] = True
     is_same = strengths[:, 0] == strengths[:, 1]
@@ -111,10 +127,6 @@ def _keep(importance_T: np.ndarray, layout: Layout, strength: np.ndarray, rule: 
     starts, short = layout.starts, np.ones(len(layout.images), dtype=bool)
     if rule != "threshold":
         kept = np.zeros(len(importance_T), dtype=bool)
-    elif layout.is_one:
-        kept = importance_T >= strength[0] - ROUNDING_SHARE
-        if np.count_nonzero(kept[1:]) >= min_keep:
-            return kept
     else:
         kept = importance_T >= (strength - ROUNDING_SHARE).repeat(layout.counts)
         kept[starts[:-1]] = False

@@ -8,8 +8,8 @@ Counts may be Python ints or integer arrays of any shape, one entry per image. R
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import astuple, dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,14 @@ class Shape:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Tables are kept by shape, and looked up while an engine waits."""
+        return hash(astuple(self))
+
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Shape":
         """From JSON, where tuples are lists."""
@@ -80,20 +88,20 @@ class Shape:
         }
         return cls(**fixed)
 
-    @property
+    @cached_property
     def levels(self) -> int:
         return len(self.depths) - 1
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
 
-    @property
+    @cached_property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
-    @property
+    @cached_property
     def min_keep(self) -> int:
         """Patches that always stay: 8 of 196, never fewer than 4."""
         return max(4, self.num_patches // 24)

@@ -1,71 +1,117 @@
-"""What a run looked at, noted on the host while it runs, whatever engine computes.
+"""What a run of a session returns; and the record of what was looked at, noted while any run goes on, on whatever engine.
+
+Noting takes next to no time, because an engine waits for it; grids are made of the notes when somebody wants to see them.
 
 Read first: `choice`.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
 import numpy as np
 
 from iret.runtime.choice import Layout
+from iret.runtime.controller import Decision
 from iret.runtime.cost import Shape, macs, plan_macs
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one run looked at; a stage that an image did not reach is False in `kept` and NaN elsewhere."""
+
+    stage_logits: np.ndarray  # float32 [S, B, classes]
+    exit_stage: np.ndarray  # int [B]: index of the stage whose head answered
+    kept: np.ndarray  # bool [S, B, rows, columns]: patches computed in each stage
+    refined: np.ndarray  # bool [S, B, rows, columns]: patches whose details were added on the way into each stage
+    importance: np.ndarray  # float [S - 1, B, rows, columns]: "times uniform", what each choice saw; NaN elsewhere
+
+    @classmethod
+    def of(cls, record: "Record", stage_logits: np.ndarray) -> "Trace":
+        return cls(stage_logits, record.exits, *record.grids, record.importance())
+
+
+@dataclass(frozen=True)
+class Output:
+    """Answer and cost of one run, as of `Iret.run`, and where the time went."""
+
+    logits: np.ndarray  # float32 [B, classes]
+    macs: np.ndarray  # int64 [B]: multiply-accumulates spent on each image
+    look: Callable[[], Trace] = field(repr=False)  # what `trace` is made by, when somebody asks for it
+    time_s: float  # of all of it, but for preprocessing and, once in a session, joining its stages
+    engine_s: float  # of that, inside the engine
+    budget: np.ndarray | None = None  # float [B]: where the dial stood; None where thresholds were given
+    decision: Decision | None = None  # of the controller, where it was asked
+
+    @cached_property
+    def trace(self) -> Trace:
+        """What the run looked at."""
+        return self.look()
 
 
 class Record:
     """What one run did, stage by stage, for all its images."""
 
     def __init__(self, shape: Shape, batch: int) -> None:
-        self.shape = shape
-        self.kept, self.refined = np.zeros((2, len(shape.depths), batch, shape.num_patches), dtype=bool)
+        self.shape, self.batch = shape, batch
         self.exit_stage: np.ndarray | None = None  # int [B]; None: all images passed the same stages
-        self.stages_run = 0
+        self._passed: list[tuple[Layout, np.ndarray | None]] = []  # of each stage
+        self._seen: dict[int, tuple[Layout, np.ndarray]] = {}  # importance by the transition that chose by it
 
     def add(self, stage: int, layout: Layout, refined_T: np.ndarray | None) -> None:
-        """The images of `layout` passed `stage` on its live patches.
+        """The images of `layout` passed `stage`, the next one, on its live patches.
 
         `refined_T`: tokens whose details entered here; None: those of every patch.
         """
-        batch, alive = self.kept.shape[1], layout.images
-        self.stages_run = stage + 1
-        if batch == 1 and layout.live_T is None:  # the same in fewer steps: an engine waits for them
-            cells = layout.cell_T[1:]
-            self.kept[stage, 0, cells] = True
-            if stage:
-                if refined_T is None:
-                    self.refined[stage] = self.kept[stage]
-                else:
-                    self.refined[stage, 0, cells[refined_T[1:]]] = True
-            return
-        is_live = layout.cell_T >= 0 if layout.live_T is None else (layout.cell_T >= 0) & layout.live_T
-        if len(is_live) == self.kept[stage].size + batch and layout.live_T is None:
-            self.kept[stage] = True
-        else:
-            self.kept[stage, layout.image_T()[is_live], layout.cell_T[is_live]] = True
-        if stage and refined_T is None:
-            self.refined[stage] = self.kept[stage]
-        elif stage:
-            is_refined = is_live & refined_T
-            self.refined[stage, layout.image_T()[is_refined], layout.cell_T[is_refined]] = True
-        if len(alive) < batch:
+        self._passed.append((layout, refined_T))
+        if len(layout.images) < self.batch:
             if self.exit_stage is None:
-                self.exit_stage = np.full(batch, stage - 1)
-            self.exit_stage[alive] = stage
+                self.exit_stage = np.full(self.batch, stage - 1)
+            self.exit_stage[layout.images] = stage
+
+    def see(self, transition: int, layout: Layout, importance_T: np.ndarray) -> None:
+        """What `transition` chose by."""
+        self._seen[transition] = layout, importance_T
 
     @property
     def exits(self) -> np.ndarray:
         """int [B]: the last stage each image passed, whose head answers for it."""
-        return np.full(self.kept.shape[1], self.stages_run - 1) if self.exit_stage is None else self.exit_stage
+        return np.full(self.batch, len(self._passed) - 1) if self.exit_stage is None else self.exit_stage
 
     def macs(self, scored: np.ndarray | bool) -> np.ndarray:
         """int64 [B]: multiply-accumulates spent on each image; `scored`, one for all or [B]: whether tokens were chosen."""
-        if self.kept.shape[1] == 1:  # the same in fewer steps
-            counts = (
-                np.count_nonzero(grid[: self.stages_run, 0], axis=1).tolist() for grid in (self.kept, self.refined)
-            )
-            return np.array([plan_macs(self.shape, *counts, scored=bool(np.any(scored)))], dtype=np.int64)
+        if self.batch == 1 and all(layout.live_T is None for layout, _ in self._passed):  # the same in fewer steps
+            kept = [len(layout.cell_T) - 1 for layout, _ in self._passed]
+            refined = [
+                count if refined_T is None else int(np.count_nonzero(refined_T[1:]))
+                for count, (_, refined_T) in zip(kept, self._passed, strict=True)
+            ]
+            refined[0] = 0
+            return np.array([plan_macs(self.shape, kept, refined, scored=bool(np.any(scored)))], dtype=np.int64)
+        kept, refined = (grid.sum((2, 3)) for grid in self.grids)
         exits = self.exits
         stages_run = None if exits.min() == len(self.shape.depths) - 1 else exits + 1
-        return macs(self.shape, self.kept.sum(2), self.refined.sum(2), scored=scored, stages_run=stages_run)
+        return macs(self.shape, kept, refined, scored=scored, stages_run=stages_run)
 
+    @cached_property
     def grids(self) -> tuple[np.ndarray, np.ndarray]:
-        """Kept and refined patches, bool [S, B, rows, columns]."""
-        form = (*self.kept.shape[:2], *self.shape.grid)
-        return self.kept.reshape(form), self.refined.reshape(form)
+        """Kept and refined patches, bool [S, B, rows, columns], once the run is over."""
+        kept, refined = np.zeros((2, len(self.shape.depths), self.batch, self.shape.num_patches), dtype=bool)
+        for stage, (layout, refined_T) in enumerate(self._passed):
+            is_patch = layout.cell_T >= 0 if layout.live_T is None else (layout.cell_T >= 0) & layout.live_T
+            kept[stage, layout.image_T()[is_patch], layout.cell_T[is_patch]] = True
+            if stage and refined_T is None:
+                refined[stage] = kept[stage]
+            elif stage:
+                is_refined = is_patch & refined_T
+                refined[stage, layout.image_T()[is_refined], layout.cell_T[is_refined]] = True
+        form = (*kept.shape[:2], *self.shape.grid)
+        return kept.reshape(form), refined.reshape(form)
+
+    def importance(self) -> np.ndarray:
+        """float [S - 1, B, rows, columns]: what each transition chose by; NaN where nothing was to be chosen."""
+        grid = np.full((len(self.shape.depths) - 1, self.batch, self.shape.num_patches), np.nan)
+        for transition, (layout, importance_T) in self._seen.items():
+            is_patch = layout.cell_T >= 0
+            grid[transition, layout.image_T()[is_patch], layout.cell_T[is_patch]] = importance_T[is_patch]
+        return grid.reshape(*grid.shape[:2], *self.shape.grid)

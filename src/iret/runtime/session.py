@@ -11,8 +11,8 @@ Read first: `bundle`, `choice`, `stage`, `pace`. The graphs: `iret.export.graphs
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol, runtime_checkable
@@ -37,37 +37,13 @@ from iret.runtime.points import (
     setting_of,
 )
 from iret.runtime.preprocess import Source
-from iret.runtime.record import Record
+from iret.runtime.record import Output, Record, Trace
 from iret.runtime.single import run_single
 from iret.runtime.stage import Batch, Stage
 from iret.runtime.whole import Whole
 
 LACKING = "this bundle has none; run `iret calibrate MODEL` and export the model again"
 MEASURE_SESSION = "session.measure() and session.save()"
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one run looked at; a stage that an image did not reach is False in `kept` and NaN elsewhere."""
-
-    stage_logits: np.ndarray  # float32 [S, B, classes]
-    exit_stage: np.ndarray  # int [B]: index of the stage whose head answered
-    kept: np.ndarray  # bool [S, B, rows, columns]: patches computed in each stage
-    refined: np.ndarray  # bool [S, B, rows, columns]: patches whose details were added on the way into each stage
-    importance: np.ndarray  # float [S - 1, B, rows, columns]: "times uniform", what each choice saw; NaN elsewhere
-
-
-@dataclass(frozen=True)
-class Output:
-    """Answer and cost of one run, as of `Iret.run`, and where the time went."""
-
-    logits: np.ndarray  # float32 [B, classes]
-    macs: np.ndarray  # int64 [B]: multiply-accumulates spent on each image
-    trace: Trace
-    time_s: float  # of all of it, but for preprocessing and, once in a session, joining its stages
-    engine_s: float  # of that, inside the engine
-    budget: np.ndarray | None = None  # float [B]: where the dial stood; None where thresholds were given
-    decision: Decision | None = None  # of the controller, where it was asked
 
 
 @runtime_checkable
@@ -223,16 +199,15 @@ class Session:
             whole = self._whole = whole if whole.make() else None
             started = self._clock()  # once in a session: no part of what a run takes
         if self.bundle.is_single:
-            record, stage_logits, importance = run_single(self._stages[0], batch, self.shape, strengths)
+            record, stage_logits = run_single(self._stages[0], batch, self.shape, strengths)
         elif whole:
-            record, stage_logits, importance = whole.run(batch)
+            record, stage_logits = whole.run(batch)
         else:
-            record, stage_logits, importance = self._run_staged(batch, strengths, exits, until, rule)
-        kept, refined = record.grids()
-        trace = Trace(stage_logits, record.exits, kept, refined, importance)
+            record, stage_logits = self._run_staged(batch, strengths, exits, until, rule)
         logits = stage_logits[record.exits, np.arange(len(x))]
         spent = record.macs(scored=np.asarray(strengths.any((1, 2))))
-        return Output(logits, spent, trace, self._clock() - started, batch.engine_s, budgets)
+        look = partial(Trace.of, record, stage_logits)
+        return Output(logits, spent, look, self._clock() - started, batch.engine_s, budgets)
 
     # ---- settings
 
@@ -338,14 +313,13 @@ class Session:
 
     def _run_staged(
         self, images: Batch, strengths: np.ndarray, exits: np.ndarray | None, until: float, rule: str
-    ) -> tuple[Record, np.ndarray, np.ndarray]:
-        """The record, logits [S, B, classes] and importance [S - 1, B, rows, columns]."""
+    ) -> tuple[Record, np.ndarray]:
+        """The record and logits [S, B, classes]."""
         shape, batch = self.shape, len(images.images)
-        num_stages, num_cells = len(shape.depths), shape.num_patches
-        layout, drops = Layout.whole(batch, num_cells), bool(strengths.any())
+        num_stages, drops = len(shape.depths), bool(strengths.any())
+        layout = Layout.whole(batch, shape.num_patches)
         record, paces, speed = Record(shape, batch), self._paces, self._paces.speed
         stage_logits = np.full((num_stages, batch, shape.num_classes), np.nan, np.float32)
-        importance = np.full((num_stages - 1, batch, num_cells), np.nan)
         refined_T: np.ndarray | None = None
         x_TD = np.empty(0, np.float32)
         for index, stage in enumerate(self._stages):
@@ -372,14 +346,10 @@ class Session:
                     x_TD, received_T = x_TD[rows], received_T[rows]
             if drops:
                 importance_T = to_importance(received_T, layout)
-                if layout.is_one:
-                    importance[index, layout.images[0], layout.cell_T[1:]] = importance_T[1:]
-                else:
-                    is_patch = layout.cell_T >= 0
-                    importance[index, layout.image_T()[is_patch], layout.cell_T[is_patch]] = importance_T[is_patch]
+                record.see(index, layout, importance_T)
                 choice = choose(importance_T, layout, strengths[layout.images, index], rule, shape.min_keep)
                 x_TD, layout, refined_T = cut(x_TD, layout, choice)
-        return record, stage_logits, importance.reshape(num_stages - 1, batch, *shape.grid)
+        return record, stage_logits
 
     def _read(self, images: Source | Sequence[Source] | np.ndarray) -> np.ndarray:
         if not isinstance(images, np.ndarray) or images.dtype == np.uint8:

@@ -159,8 +159,11 @@ class Batch:
     def _cut(self, index: np.ndarray, room: int) -> np.ndarray:
         side, channels = self._shape.patch_size, self._shape.in_chans
         first, lines = _lines(self._shape)
-        image, cell = np.divmod(index, len(first))
-        start = image * (channels * self._shape.img_size[0] * self._shape.grid[1]) + first[cell]
+        if len(self.images) == 1:
+            start = first[index]
+        else:
+            image, cell = np.divmod(index, len(first))
+            start = image * (channels * self._shape.img_size[0] * self._shape.grid[1]) + first[cell]
         pixels, end = np.empty((room, channels * side, side), np.float32), 1 + len(index)
         pixels[0], pixels[end:] = 0, 0
         # "clip" only to spare a copy of the output; every place is there

@@ -57,8 +57,8 @@ class Whole:
         paths = [self._folder / graphs[0].file for graphs in self._bundle.stages]
         return self._join(paths, [first, *[later] * (len(paths) - 1)], self._threads)
 
-    def run(self, batch: Batch) -> tuple[Record, np.ndarray, np.ndarray]:
-        """As a run of stages on one image: the record, logits [S, 1, classes], importance, which is NaN."""
+    def run(self, batch: Batch) -> tuple[Record, np.ndarray]:
+        """As a run of stages on one image: the record and logits [S, 1, classes]."""
         assert self._graph is not None
         shape = self._bundle.shape
         num_stages, layout, record = len(shape.depths), Layout.whole(1, shape.num_patches), Record(shape, 1)
@@ -66,4 +66,4 @@ class Whole:
         logits = batch.call(self._graph, [batch.images, *[pixels] * (num_stages - 1)])
         for stage in range(num_stages):
             record.add(stage, layout, None)
-        return record, np.stack(logits), np.full((num_stages - 1, 1, *shape.grid), np.nan)
+        return record, np.stack(logits)
