@@ -34,7 +34,7 @@ import iret
 from iret import doctor
 from iret.export.blocks import Blocks
 from iret.export.bundle import export
-from iret.export.graphs import FirstStage, LaterStage
+from iret.export.graphs import FirstStage, LaterStage, cut
 from iret.export.targets import WRITERS
 from iret.measure.latency import measure_latency, pin_threads, ratio
 from iret.runtime.bundle import ENGINES
@@ -54,7 +54,7 @@ class Static(nn.Module):
         super().__init__()
         self.first = FirstStage(model)
         self.later = nn.ModuleList(LaterStage(model, index) for index in range(1, len(model.stages)))
-        self.stages = model.stages
+        self.stages, self.patch_size = model.stages, model.shape.patch_size
 
     def run_stage(self, index: int, x: Tensor) -> Tensor:
         x = x[None]
@@ -63,8 +63,7 @@ class Static(nn.Module):
         return x[0]
 
     def forward(self, images: Tensor) -> Tensor:
-        x, patches = self.first.embed(images)
-        x = self.run_stage(0, x)
+        x, patches = self.run_stage(0, self.first.embed(images)), cut(images, self.patch_size)
         for index, stage in enumerate(self.later, start=1):
             own, x = stage.transition, self.keep(index, x)
             details = own.detail_embed(own.detail_norm(stage.details(patches[: len(x) - 1])))

@@ -11,11 +11,13 @@ no graph has an empty axis. Only plain gathers are used.
 Read first: `blocks`. What engines cannot do: docs/export.md.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from iret.export.blocks import Blocks
 from iret.lifting import Lifting, LinearLifting2d
@@ -24,30 +26,59 @@ from iret.runtime.cost import Shape
 from iret.runtime.keep import ROUNDING_SHARE
 
 
-class Band(nn.Module):
-    """What lifting makes of patches, flat: their coarsest band, or the details of one level.
+class Coarse(nn.Module):
+    """The coarsest band of every patch of images, flat, cell after cell, images side by side.
 
     Linear steps of all levels are one fixed matrix from a patch's pixels: more MACs than step by step, one product in place of
-    many tiny ones; they stay below those of the embedding that follows.
+    many tiny ones; they stay below those of the embedding that follows. As a convolution it reads the pixels where they are.
     """
 
-    def __init__(self, lifting: Lifting, shape: Shape, level: int | None) -> None:
-        """`level` None: the coarsest band."""
+    kernel: Tensor
+
+    def __init__(self, lifting: Lifting, shape: Shape) -> None:
         super().__init__()
-        self.lifting, self.level = lifting, level
+        self.in_chans, self.patch_size = shape.in_chans, shape.patch_size
         self.is_linear = isinstance(lifting.levels[0], LinearLifting2d)
         if self.is_linear:
-            unit = torch.eye(shape.patch_size**2).view(-1, 1, shape.patch_size, shape.patch_size)
-            with torch.no_grad():
-                self.register_buffer("matrix", self.lift(unit))
-            del self.lifting
+            kernel = _matrix(lifting.coarse, shape).t().unflatten(1, (1, shape.patch_size, -1))
+            self.register_buffer("kernel", kernel.clone())
+        else:
+            self.lifting = lifting
 
-    def lift(self, patches: Float[Tensor, "K C P P"]) -> Float[Tensor, "K band"]:
-        bands = self.lifting.coarse(patches) if self.level is None else self.lifting.details(patches, self.level)
-        return bands.flatten(1)
+    def forward(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "K band"]:
+        if not self.is_linear:
+            return self.lifting.coarse(cut(images, self.patch_size)).flatten(1)
+        channels = images.flatten(0, 1)[:, None]
+        bands = F.conv2d(channels, self.kernel, stride=self.patch_size).unflatten(0, (-1, self.in_chans))
+        return bands.permute(3, 4, 0, 1, 2).flatten(3).flatten(0, 2)
+
+
+class Details(nn.Module):
+    """The details that one level of lifting finds in patches, flat; of linear steps by one fixed matrix, as `Coarse`."""
+
+    def __init__(self, lifting: Lifting, shape: Shape, level: int) -> None:
+        super().__init__()
+        self.level, self.is_linear = level, isinstance(lifting.levels[0], LinearLifting2d)
+        if self.is_linear:
+            self.register_buffer("matrix", _matrix(lambda unit: lifting.details(unit, level), shape))
+        else:
+            self.lifting = lifting
 
     def forward(self, patches: Float[Tensor, "K C P P"]) -> Float[Tensor, "K band"]:
-        return (patches.flatten(2) @ self.matrix).flatten(1) if self.is_linear else self.lift(patches)
+        if not self.is_linear:
+            return self.lifting.details(patches, self.level).flatten(1)
+        return (patches.flatten(2) @ self.matrix).flatten(1)
+
+
+def _matrix(lift: Callable[[Tensor], Tensor], shape: Shape) -> Float[Tensor, "pixels band"]:
+    """What linear `lift` makes of one channel of a patch."""
+    with torch.no_grad():
+        return lift(torch.eye(shape.patch_size**2).view(-1, 1, shape.patch_size, shape.patch_size)).flatten(1)
+
+
+def cut(images: Float[Tensor, "B C Y X"], side: int) -> Float[Tensor, "K C P P"]:
+    """Patches of every cell, cell after cell, images side by side."""
+    return images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
 
 
 class StageGraph(nn.Module):
@@ -71,23 +102,20 @@ class FirstStage(StageGraph):
 
     def __init__(self, model: Iret) -> None:
         super().__init__(model, 0)
-        self.grid, self.patch_size = model.shape.grid, model.shape.patch_size
-        self.coarse = Band(model.lifting, model.shape, None)
+        self.num_cells = model.shape.num_patches
+        self.coarse = Coarse(model.lifting, model.shape)
         self.patch_embed = model.patch_embed
         class_token, positions = model.pos_embed.detach()[0, :, None].tensor_split([1])
         self.register_buffer("class_token", class_token.clone())
         self.register_buffer("positions", positions.clone())
 
-    def embed(self, images: Float[Tensor, "B C Y X"]) -> tuple[Float[Tensor, "NB D"], Float[Tensor, "K C P P"]]:
-        """Tokens and patches of every cell, cell after cell, images side by side."""
-        (rows, columns), side = self.grid, self.patch_size
-        grid = images.unflatten(3, (columns, side)).unflatten(2, (rows, side))
-        patches = grid.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
-        x = self.patch_embed(self.coarse(patches)).reshape(rows * columns, images.shape[0], -1) + self.positions
-        return torch.cat([self.class_token.expand(-1, images.shape[0], -1), x]).flatten(0, 1), patches
+    def embed(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "NB D"]:
+        """Class tokens, and tokens cell after cell, images side by side."""
+        x = self.patch_embed(self.coarse(images)).reshape(self.num_cells, images.shape[0], -1) + self.positions
+        return torch.cat([self.class_token.expand(-1, images.shape[0], -1), x]).flatten(0, 1)
 
     def forward(self, images: Float[Tensor, "B C Y X"]) -> tuple[Tensor, ...]:
-        return self.through(self.embed(images)[0], images.shape[0], None)
+        return self.through(self.embed(images), images.shape[0], None)
 
 
 class LaterStage(StageGraph):
@@ -96,7 +124,7 @@ class LaterStage(StageGraph):
     def __init__(self, model: Iret, index: int) -> None:
         super().__init__(model, index)
         self.transition = model.transitions[index - 1]
-        self.details = Band(model.lifting, model.shape, model.shape.detail_level(index))
+        self.details = Details(model.lifting, model.shape, model.shape.detail_level(index))
 
     def transit(
         self, x: Float[Tensor, "NB D"], cell: Int[Tensor, " NB"], pixels: Tensor, source: Int[Tensor, " NB"]
@@ -131,6 +159,7 @@ class SingleGraph(nn.Module):
         self.first = FirstStage(model)
         self.later = nn.ModuleList(LaterStage(model, index) for index in range(1, len(model.stages)))
         self.num_cells, self.min_keep = model.shape.num_patches, model.shape.min_keep
+        self.patch_size = model.shape.patch_size
 
     def choose(
         self, importance: Float[Tensor, " N"], thresholds: Float[Tensor, " 2"]
@@ -149,8 +178,8 @@ class SingleGraph(nn.Module):
     def forward(
         self, images: Float[Tensor, "1 C Y X"], thresholds: Float[Tensor, "T 2"]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, patches = self.first.embed(images)
-        x, received = self.first.blocks(x, 1, None)
+        x, received = self.first.blocks(self.first.embed(images), 1, None)
+        patches = cut(images, self.patch_size)
         patches = torch.cat([torch.zeros_like(patches[:1]), patches])
         cell = torch.arange(-1, self.num_cells)
         everywhere = torch.ones(self.num_cells)
