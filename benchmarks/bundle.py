@@ -2,7 +2,7 @@
 
 static    the same model as one graph with everything kept and nothing to choose, as torch exports its blocks
 deit_s    a plain ViT of DeiT-S shape as one static graph, as torch exports it
-bundle    stage by stage through `iret.Session`: everything kept, and with thresholds at MAC ratios of 1.7, 2.7 and 4
+bundle    stage by stage through `iret.Session`: everything kept, and with thresholds at MAC ratios of 1.7, 2.7, 4 and 5.3
 ceiling   one static graph of the bundle's own blocks at its counts, which scores, chooses and gathers nothing
 
 `host` is the share of a run stage by stage outside the engine, but for the check of its pixels; `between`, the share between the
@@ -43,7 +43,7 @@ from iret.runtime.engines import load_graph
 from iret.runtime.record import Output as SessionOutput
 from iret.vit import VisionTransformer
 
-RATIOS = (1.0, 1.7, 2.7, 4.0)
+RATIOS = (1.0, 1.7, 2.7, 4.0, 5.3)
 KINDS = {able[0]: kind for kind, able in ENGINES.items()}  # engine -> what it runs
 
 
