@@ -2,15 +2,17 @@
 
 The counts are those of test images: what a calibrated model (`--counts`) keeps of them (`--data`) at the thresholds of its
 operating points, as shares of its grid, and the stage after which they leave: all images at one point, chosen for a MAC ratio, or
-every image at its own ("mixed"), drawn evenly, as when the requests of a server bring their budgets. Four things run in turn:
+every image at its own ("mixed"), drawn evenly, as when the requests of a server bring their budgets. These run in turn:
 the whole model; the packed run (`Iret.replay`, choosing included); its *ceiling*, the same layers at the same counts with
-nothing scored, chosen or gathered; and the same run with the whole block padded to its longest image, those that left as well.
-Beside them a static ViT of DeiT-S shape, and peak memory by budget.
+nothing scored, chosen or gathered; the same run with the whole block padded to its longest image, those that left as well;
+and the packed run after `model.compile()`, against its own full run. Beside them a static ViT of DeiT-S shape, and peak
+memory by budget.
 
     python benchmarks/batch.py --out results/...     takes some minutes; run it alone on the machine
 """
 
 import argparse
+import copy
 import csv
 import json
 import os
@@ -161,9 +163,10 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
     model, context = prepare(iret.create_model("iret_small").eval(), args.precision)
     rows, budgets = plans_of(args.counts, args.data, 8 * args.batch, model)
     images, draw = torch.randn(args.batch, 3, 224, 224), random.Random(0)
-    static = VisionTransformer().eval()
-    work = {"full": lambda: model(images), "deit_s": lambda: static(images)}
-    ratios, spread = {"full": 1.0, "deit_s": full_macs(model.shape) / vit_macs()}, {}
+    static, compiled = VisionTransformer().eval(), copy.deepcopy(model)
+    compiled.compile()
+    work = {"full": lambda: model(images), "deit_s": lambda: static(images), "compiled full": lambda: compiled(images)}
+    ratios, spread = {"full": 1.0, "deit_s": full_macs(model.shape) / vit_macs(), "compiled full": 1.0}, {}
     point = Point(
         thresholds=((1.0, 1.0),) * 2, accuracy=0.0, macs_mean=1.0, macs_p95=1.0, kept_mean=(), exit_confidence=1.0
     )
@@ -174,7 +177,10 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
         work[f"packed {name}"] = lambda plans=plans: model.replay(images, plans, point)
         work[f"padded {name}"] = lambda plans=plans: padded(model, images, plans)
         work[f"ceiling {name}"] = partial(make_ceiling(model, plans), images)
-        ratios[f"packed {name}"] = ratios[f"ceiling {name}"] = full_macs(model.shape) / macs
+        work[f"compiled {name}"] = lambda plans=plans: compiled.replay(images, plans, point)
+        ratios |= dict.fromkeys(
+            [f"{kind} {name}" for kind in ("packed", "ceiling", "compiled")], full_macs(model.shape) / macs
+        )
         ratios[f"padded {name}"] = full_macs(model.shape) / mean_macs(model, [longest(plans)])
         counts = [sorted(plan.kept[stage] for plan in plans if stage < len(plan.kept)) for stage in (1, 2)]
         spread[f"packed {name}"] = counts
@@ -185,7 +191,7 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
         choosing = {name: choosing_share(call, stopwatch) for name, call in work.items() if name.startswith("packed")}
     found = []
     for name, latency in samples.items():
-        speedup = ratio(samples["full"], latency)
+        speedup = ratio(samples["compiled full" if name.startswith("compiled") else "full"], latency)
         row = {"what": name, "mac_ratio": float(ratios[name]), "ms": latency.p50_ms, "speedup": speedup.median}
         row |= {"share": speedup.median / row["mac_ratio"], "counts": spread.get(name)}
         if name.startswith("packed"):

@@ -34,7 +34,7 @@ import iret
 from iret import doctor
 from iret.export.blocks import Blocks
 from iret.export.bundle import export
-from iret.export.graphs import FirstStage, LaterStage, cut
+from iret.export.graphs import FirstStage, LaterStage, patches_of
 from iret.export.targets import WRITERS
 from iret.measure.latency import measure_latency, pin_threads, ratio
 from iret.runtime.bundle import ENGINES
@@ -63,7 +63,7 @@ class Static(nn.Module):
         return x[0]
 
     def forward(self, images: Tensor) -> Tensor:
-        x, patches = self.run_stage(0, self.first.embed(images)), cut(images, self.patch_size)
+        x, patches = self.run_stage(0, self.first.embed(images)), patches_of(images, self.patch_size)
         for index, stage in enumerate(self.later, start=1):
             own, x = stage.transition, self.keep(index, x)
             details = own.detail_embed(own.detail_norm(stage.details(patches[: len(x) - 1])))

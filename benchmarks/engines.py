@@ -1,9 +1,10 @@
 """What raises the ceiling at batch 1? `iret_small`, one thread, the same work on each engine, interleaved, raw samples kept.
 
-plain      weights as torch keeps them, eager
-laid out   weights input by input in memory (`iret.vit.lay_out`), eager: what `iret.load` gives
-compiled   the same through `model.compile()` (inductor)
-int8       int8 linear layers (`iret.precision.to_int8`), eager
+plain         weights as torch keeps them, eager
+laid out      weights input by input in memory (`iret.vit.lay_out`), eager: what `iret.load` gives
+compiled      the same through `model.compile()` (inductor)
+int8          int8 linear layers (`iret.precision.to_int8`), eager
+onnxruntime   a bundle through `iret.Session`
 int8 is also held against the full float run, because it makes every point faster, the full one too.
 
 python benchmarks/engines.py --out results/...     takes some minutes, most of them compiling; run it alone on the machine
@@ -14,57 +15,70 @@ import csv
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
+from torch import Tensor
 
 import iret
 from iret import doctor
 from iret.bench import make_point
+from iret.export.bundle import export
 from iret.measure.latency import measure_latency, pin_threads, ratio
 from iret.precision import to_int8
 from iret.runtime.cost import full_macs
+from iret.runtime.points import Point
+from iret.runtime.timing import replay
 from iret.vit import lay_out
 
 RATIOS = (1.0, 1.5, 1.74, 2.5, 2.7, 4.0, 5.3, 6.0)
 
 
-def make_engines(names: list[str]) -> dict[str, iret.Iret]:
-    """The same weights on every engine."""
-    engines = {}
-    for name in names:
-        torch.manual_seed(0)
-        model = iret.create_model("iret_small").eval()
-        if name == "int8":
-            model = to_int8(model)
-        elif name != "plain":
-            lay_out(model)
-        if name == "compiled":
-            model.compile()
-        engines[name] = model
-    return engines
+ENGINES = ("plain", "laid out", "compiled", "int8", "onnxruntime")
+
+
+def make_engine(name: str, images: Tensor, points: dict[float, Point]) -> dict[float, Callable[[], object]]:
+    """A run at each point; the same weights on every engine."""
+    torch.manual_seed(0)
+    model = iret.create_model("iret_small").eval()
+    if name == "onnxruntime":
+        with tempfile.TemporaryDirectory() as folder:
+            export(model, Path(folder) / "bundle", "onnx")
+            session = iret.Session(Path(folder) / "bundle", name, threads=1)
+        options = {asked: replay(model.shape, point, point.plans[0]) for asked, point in points.items() if asked > 1}
+        return {asked: partial(session, images.numpy(), **options.get(asked, {})) for asked in points}
+    if name == "int8":
+        model = to_int8(model)
+    elif name != "plain":
+        lay_out(model)
+    if name == "compiled":
+        model.compile()
+    runs = {asked: partial(model.replay, images, list(point.plans), point) for asked, point in points.items()}
+    return runs | {1.0: partial(model, images)}
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engines", nargs="+", default=["plain", "laid out", "compiled", "int8"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     images = torch.randn(1, 3, 224, 224)
-    work, real = {}, {}
-    for name, model in make_engines(args.engines).items():
-        for asked in RATIOS:
-            point = make_point(model, 1 / asked)
-            real[asked] = 1.0 if asked == 1 else full_macs(model.shape) / point.macs_mean
-            replay = partial(model.replay, images, list(point.plans), point)
-            work[name, asked] = partial(model, images) if asked == 1 else replay
-            work[name, asked]()  # compiles
+    model = iret.create_model("iret_small")
+    points = {asked: make_point(model, 1 / asked) for asked in RATIOS}
+    real = {asked: 1.0 if asked == 1 else full_macs(model.shape) / point.macs_mean for asked, point in points.items()}
+    work = {}
+    for name in args.engines:
+        for asked, run in make_engine(name, images, points).items():
+            work[name, asked] = run
+            run()  # compiles
     with pin_threads(1):
         samples = measure_latency(work, rounds=args.rounds, warm_up=3, lead=1)
     rows = []

@@ -51,18 +51,23 @@ def on_grid(mask_T: np.ndarray, images: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@given(batch=batches(), min_keep=st.integers(0, 12))
-def test_packed_images_keep_what_the_rule_keeps_of_each(rule, batch, min_keep):
+@given(batch=batches(), min_keep=st.integers(0, 12), refines_less=st.booleans())
+def test_packed_images_keep_what_the_rule_keeps_of_each(rule, batch, min_keep, refines_less):
     importance, keep_at = batch
     keep_at = keep_at * (3 if rule == "threshold" else 1)
-    refine_at = keep_at + (1 if rule == "threshold" else (1 - keep_at) / 2)
+    refine_at = keep_at + refines_less * (1 if rule == "threshold" else (1 - keep_at) / 2)
     packed = np.insert(importance, 0, 7.0, axis=1).ravel()  # of class tokens: without meaning
     here = Layout.whole(*importance.shape)
     choice = choose(packed, here, np.stack([keep_at, refine_at], 1), rule, min_keep)
     assert np.array_equal(on_grid(choice.kept_T, len(importance)), keep(importance, keep_at, rule, min_keep))
-    assert np.array_equal(on_grid(choice.refined_T, len(importance)), keep(importance, refine_at, rule, 0))
     assert choice.kept_T[here.starts[:-1]].all()
-    assert not choice.refined_T[here.starts[:-1]].any()
+    if choice.refined_T is None:
+        assert (refine_at == keep_at).all()
+    else:
+        same = (refine_at == keep_at)[:, None]  # what is kept is refined, the floor too
+        refined = np.where(same, on_grid(choice.kept_T, len(importance)), keep(importance, refine_at, rule, 0))
+        assert np.array_equal(on_grid(choice.refined_T, len(importance)), refined)
+        assert not choice.refined_T[here.starts[:-1]].any()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -81,6 +86,20 @@ def test_equal_strengths_refine_all_that_is_kept():
     choice = choose(np.array([0.0, 2.0, 0.5, 1.0, 0.5]), layout("xxxx"), np.array([[1.0, 1.0]]), min_keep=0)
     assert choice.kept_T.tolist() == [True, True, False, True, False]
     assert choice.refined_T is None
+
+
+@pytest.mark.parametrize("reach", [1, 2, 3])
+@pytest.mark.parametrize("refine_at", [1.0, 1.6])
+def test_the_floor_holds_from_one_patch_less_than_it_asks_for(reach, refine_at):
+    """An image alone, of which `reach` patches reach the threshold; two are the floor."""
+    importance = np.array([9.0, 1.5, 1.7, 1.2, 0.4, 0.3])
+    importance[1 + reach : 4] = 0.5
+    choice = choose(importance, layout("xxxxx"), np.array([[1.0, refine_at]]), min_keep=2)
+    assert np.count_nonzero(choice.kept_T[1:]) == max(reach, 2)
+    assert choice.kept_T[1 : 1 + reach].all()
+    refined = choice.kept_T[1:] if choice.refined_T is None else choice.refined_T[1:]
+    wanted = choice.kept_T[1:] if refine_at == 1.0 else importance[1:] >= refine_at
+    assert refined.tolist() == wanted.tolist()
 
 
 def test_one_image_may_refine_less_than_it_keeps_and_another_all():

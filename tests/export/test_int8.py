@@ -31,17 +31,21 @@ def make_images(batch: int) -> np.ndarray:
 
 
 class Piece(nn.Module):
-    """What stages are made of, once each: products with a weight, a gather by cells, a product of two activations."""
+    """What stages are made of: products with a weight, a convolution, a gather by cells, a product of two activations."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.answer = nn.Linear(64, 256), nn.Linear(256, 64)
-        self.places = nn.Parameter(torch.randn(13, 256))
+        self.places, self.band = nn.Parameter(torch.randn(13, 256)), nn.Conv2d(1, 16, 8, bias=False)
 
     def forward(self, x: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         embedded = self.embed(x)
-        y = embedded + self.places.index_select(0, cell + 1)
+        y = (
+            embedded
+            + self.places.index_select(0, cell + 1)
+            + self.band(x.unflatten(1, (1, 8, 8))).flatten(1).repeat(1, 16)
+        )
         return self.answer(y + (0.1 * y @ y.mT).softmax(-1) @ y), embedded
 
 
@@ -78,6 +82,8 @@ def test_a_graph_in_int8_runs_on_its_engine_near_the_fp32_one(tmp_path, kind):
     assert 1e-3 < error / np.std(expected) < 0.08  # rounded to 8 bits, at OpenVINO what is rare is cut off, and no more
     if kind == "onnx":
         check_onnx(path)
+    if kind == "openvino":
+        check_openvino(path)
     if kind == "executorch":  # ranges are taken a token at a time: rows do not depend on one another
         louder = [fresh[0][0] * np.where(np.arange(9) == 3, 100, 1)[:, None].astype(np.float32), fresh[0][1]]
         others = np.arange(9) != 3
@@ -85,13 +91,27 @@ def test_a_graph_in_int8_runs_on_its_engine_near_the_fp32_one(tmp_path, kind):
 
 
 def check_onnx(path: Path) -> None:
-    """Products with a weight are int8, those of activations are not, and nothing half-way is left."""
+    """Products with a weight are int8, those of activations and the convolution are not, and nothing half-way is left."""
     nodes = importlib.import_module("onnx").load(path).graph.node
     is_int8 = {output: node.op_type == "DequantizeLinear" for node in nodes for output in node.output}
     products = [[is_int8.get(each) for each in node.input[:2]] for node in nodes if node.op_type in ("MatMul", "Gemm")]
     assert sorted(all(each) for each in products) == [False, False, True, True]
     assert not any(any(each) for each in products if not all(each))
+    (band,) = (node for node in nodes if node.op_type == "Conv")
+    assert not any(is_int8.get(each) for each in band.input)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def check_openvino(path: Path) -> None:
+    """The weights of two products are int8, the convolution reads its own in fp32."""
+    nodes = importlib.import_module("openvino").Core().read_model(path).get_ops()
+    constants = [node for node in nodes if node.get_type_name() == "Constant"]
+    assert [tuple(node.shape) for node in constants if node.get_element_type().get_type_name() == "i8"] == [
+        (256, 64),
+        (64, 256),
+    ]
+    (band,) = (node.input_value(1).get_node() for node in nodes if node.get_type_name() == "Convolution")
+    assert (band.get_type_name(), band.get_element_type().get_type_name()) == ("Constant", "f32")
 
 
 # ---- what is calibrated on

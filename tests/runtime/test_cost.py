@@ -1,6 +1,7 @@
 """The closed form of multiply-accumulates: by hand, against torch's counter to the integer, and the spec's table."""
 
 import json
+from copy import copy
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -287,6 +288,16 @@ def test_a_shape_knows_its_grid_and_levels():
 @pytest.mark.parametrize(("side", "floor"), [(224, 8), (112, 4), (32, 4)])
 def test_the_floor_of_kept_patches_is_eight_of_196(side, floor):
     assert replace(iret_small(), img_size=(side, side)).min_keep == floor
+
+
+def test_a_shape_that_was_sent_elsewhere_is_found_by_what_it_says():
+    """Words hash differently in another process, so what is remembered of them must not come along."""
+    shape = small_shape()
+    shape.__dict__["_hash"] = 1
+    sent = copy(shape)
+    assert sent == shape
+    assert hash(sent) == hash(small_shape()) != hash(shape)
+    assert sent.num_patches == shape.num_patches
 
 
 def test_a_shape_survives_json():

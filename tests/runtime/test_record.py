@@ -49,6 +49,7 @@ def test_masked_patches_were_not_looked_at():
     record.add(1, layout([0], range(6), live=[True, True, False, True, False, False, True]), None)
     kept, refined = record.grids
     assert kept[1, 0].tolist() == refined[1, 0].tolist() == [[True, False, True], [False, False, True]]
+    assert record.macs(scored=True).tolist() == [plan_macs(SHAPE, (6, 3), (0, 3), scored=True)]
 
 
 def test_details_never_enter_in_the_first_stage_and_later_at_every_patch_unless_said():
@@ -81,6 +82,8 @@ def test_an_image_alone_is_recorded_as_beside_another(refined):
     alone.add(1, Layout(np.array([-1, *cells]), np.array([0, 5]), np.array([0])), refined_T)
     both = Layout(np.array([-1, *cells, *two.cell_T[7:]]), np.array([0, 5, 12]), np.array([0, 1]))
     beside.add(1, both, None if refined_T is None else np.append(refined_T, np.ones(7, dtype=bool)))
+    for scored in (True, False):
+        assert alone.macs(scored)[0] == beside.macs(scored)[0]
     for one, of_two in zip(alone.grids, beside.grids, strict=True):
         assert (one[:, 0] == of_two[:, 0]).all()
         assert one[1].any()

@@ -15,6 +15,7 @@ from iret.runtime.controller import Controller, Decision, Goal, Menu, Reading
 from iret.runtime.cost import Shape, full_macs, stage_macs
 from iret.runtime.points import DeviceTable, OperatingPoints, Plan, Point
 from iret.runtime.preprocess import Preprocess
+from iret.runtime.record import Trace
 from iret.runtime.session import Session
 
 # 16 patches of 4 x 4, three stages
@@ -117,6 +118,17 @@ def make_images(*light: float) -> np.ndarray:
 
 
 # ---- what runs
+
+
+def test_a_trace_is_not_made_while_the_caller_waits_for_an_answer(tmp_path, monkeypatch):
+    session, made = make_session(tmp_path, Pretender()), []
+    make = Trace.of
+    monkeypatch.setattr(Trace, "of", lambda *args: made.append(1) or make(*args))
+    outs = [session(make_images(*light), thresholds=(1.0, 1.0)) for light in ((0.3,), (0.3, 2.0))]
+    assert not made
+    assert [out.trace.kept.shape[1] for out in outs] == [1, 2]
+    assert outs[0].trace is outs[0].trace
+    assert len(made) == 2
 
 
 def test_images_of_a_batch_keep_their_own_counts_and_share_calls(tmp_path):

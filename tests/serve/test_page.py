@@ -5,6 +5,7 @@ import base64
 import json
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
@@ -56,7 +57,7 @@ def to_image(pixels: np.ndarray) -> dict:
 
 
 def to_raw(shape: Shape) -> dict:
-    return json.loads(json.dumps(vars(shape)))
+    return json.loads(json.dumps(asdict(shape)))
 
 
 def make_bundle(points: OperatingPoints | None = None, **changes) -> Bundle:

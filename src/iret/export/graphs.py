@@ -40,14 +40,14 @@ class Coarse(nn.Module):
         self.in_chans, self.patch_size = shape.in_chans, shape.patch_size
         self.is_linear = isinstance(lifting.levels[0], LinearLifting2d)
         if self.is_linear:
-            kernel = _matrix(lifting.coarse, shape).t().unflatten(1, (1, shape.patch_size, -1))
-            self.register_buffer("kernel", kernel.clone())
+            kernel = _matrix(lifting.coarse, shape).t().contiguous()
+            self.register_buffer("kernel", kernel.unflatten(1, (1, shape.patch_size, -1)))
         else:
             self.lifting = lifting
 
     def forward(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "K band"]:
         if not self.is_linear:
-            return self.lifting.coarse(cut(images, self.patch_size)).flatten(1)
+            return self.lifting.coarse(patches_of(images, self.patch_size)).flatten(1)
         channels = images.flatten(0, 1)[:, None]
         bands = F.conv2d(channels, self.kernel, stride=self.patch_size).unflatten(0, (-1, self.in_chans))
         return bands.permute(3, 4, 0, 1, 2).flatten(3).flatten(0, 2)
@@ -76,7 +76,7 @@ def _matrix(lift: Callable[[Tensor], Tensor], shape: Shape) -> Float[Tensor, "pi
         return lift(torch.eye(shape.patch_size**2).view(-1, 1, shape.patch_size, shape.patch_size)).flatten(1)
 
 
-def cut(images: Float[Tensor, "B C Y X"], side: int) -> Float[Tensor, "K C P P"]:
+def patches_of(images: Float[Tensor, "B C Y X"], side: int) -> Float[Tensor, "K C P P"]:
     """Patches of every cell, cell after cell, images side by side."""
     return images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
 
@@ -179,7 +179,7 @@ class SingleGraph(nn.Module):
         self, images: Float[Tensor, "1 C Y X"], thresholds: Float[Tensor, "T 2"]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, received = self.first.blocks(self.first.embed(images), 1, None)
-        patches = cut(images, self.patch_size)
+        patches = patches_of(images, self.patch_size)
         patches = torch.cat([torch.zeros_like(patches[:1]), patches])
         cell = torch.arange(-1, self.num_cells)
         everywhere = torch.ones(self.num_cells)

@@ -61,7 +61,7 @@ def record_inputs(folder: Path, images: np.ndarray, settings: Sequence[tuple[obj
 
 
 def quantize_onnx(path: Path, calls: Calls) -> None:
-    """ONNX Runtime's static quantiser, in place: QDQ, int8 weights per channel, uint8 activations."""
+    """ONNX Runtime's static quantiser, in place: QDQ, int8 weights per channel, uint8 activations; of linear layers alone."""
     quantization: Any = import_or_say("onnxruntime.quantization", "export")
     onnx = import_or_say("onnx", "export")
     graph = onnx.load(path).graph
@@ -88,17 +88,21 @@ def quantize_onnx(path: Path, calls: Calls) -> None:
 
 
 def quantize_openvino(graph: Any, calls: Calls) -> Any:
-    """NNCF's post-training quantisation with its settings for transformers, products of two activations left out."""
+    """NNCF's post-training quantisation with its settings for transformers, of linear layers alone."""
     nncf = import_or_say("nncf", "openvino-int8")
     nncf.set_log_level(40)  # errors
-    products = [node for node in graph.get_ops() if node.get_type_name() == "MatMul"]
-    free = [node for node in products if node.input_value(1).get_node().get_type_name() != "Constant"]
+    others = [
+        node.get_friendly_name()
+        for node in graph.get_ops()
+        if node.get_type_name() in ("Convolution", "Gather")  # from pixels to the coarse band; positions
+        or (node.get_type_name() == "MatMul" and node.input_value(1).get_node().get_type_name() != "Constant")
+    ]
     with redirect_stdout(io.StringIO()):  # progress bars
         return nncf.quantize(
             graph,
             nncf.Dataset(calls),
             model_type=nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(names=[node.get_friendly_name() for node in free]),
+            ignored_scope=nncf.IgnoredScope(names=others),
         )
 
 

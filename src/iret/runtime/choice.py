@@ -37,7 +37,8 @@ class Layout:
     @staticmethod
     def of(grid: np.ndarray) -> "Layout":
         """Of the patches that are True in bool [B, cells]."""
-        has_token = np.pad(grid, ((0, 0), (1, 0)), constant_values=True)
+        has_token = np.ones((len(grid), 1 + grid.shape[1]), dtype=bool)
+        has_token[:, 1:] = grid
         return Layout(has_token.nonzero()[1] - 1, to_starts(has_token.sum(1)), np.arange(len(grid)))
 
     @property
@@ -56,7 +57,9 @@ class Layout:
 
     def pack(self, grid: np.ndarray) -> np.ndarray:
         """[B, cells], an entry a patch of the images here, as an entry a token; class tokens get 0."""
-        return np.pad(grid, ((0, 0), (1, 0)))[np.arange(len(grid)).repeat(self.counts), self.cell_T + 1]
+        packed, is_patch = np.zeros(len(self.cell_T), grid.dtype), self.cell_T >= 0
+        packed[is_patch] = grid[np.arange(len(grid)).repeat(self.counts - 1), self.cell_T[is_patch]]
+        return packed
 
     def take(self, goes_on: np.ndarray) -> tuple["Layout", np.ndarray]:
         """Of some images only, and the rows of their tokens."""
@@ -109,8 +112,12 @@ def choose(
         keep_at, refine_at = strengths[0].tolist()
         kept = importance_T >= keep_at - ROUNDING_SHARE
         kept[0] = True
-        if keep_at == refine_at and np.count_nonzero(kept) > min_keep:
-            return Choice(kept, None)
+        if np.count_nonzero(kept) > min_keep:
+            if keep_at == refine_at:
+                return Choice(kept, None)
+            refined = importance_T >= refine_at - ROUNDING_SHARE
+            refined[0] = False
+            return Choice(kept, refined)
     kept = _keep(importance_T, layout, strengths[:, 0], rule, min_keep)
     kept[layout.starts[:-1]] = True
     is_same = strengths[:, 0] == strengths[:, 1]

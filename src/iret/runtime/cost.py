@@ -8,7 +8,7 @@ Counts may be Python ints or integer arrays of any shape, one entry per image. R
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import cache, cached_property
 from typing import Any
 
@@ -74,6 +74,10 @@ class Shape:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is remembered: words hash differently in another process."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @cached_property
     def _hash(self) -> int:

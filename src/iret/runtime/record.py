@@ -28,6 +28,7 @@ class Trace:
 
     @classmethod
     def of(cls, record: "Record", stage_logits: np.ndarray) -> "Trace":
+        """Of a run that is over, and what its heads said."""
         return cls(stage_logits, record.exits, *record.grids, record.importance())
 
 
@@ -37,8 +38,8 @@ class Output:
 
     logits: np.ndarray  # float32 [B, classes]
     macs: np.ndarray  # int64 [B]: multiply-accumulates spent on each image
-    look: Callable[[], Trace] = field(repr=False)  # what `trace` is made by, when somebody asks for it
-    time_s: float  # of all of it, but for preprocessing and, once in a session, joining its stages
+    look: Callable[[], Trace] = field(repr=False, compare=False)  # makes `trace`, when somebody asks for it
+    time_s: float  # of all of it, but for preprocessing, making a trace and, once in a session, joining its stages
     engine_s: float  # of that, inside the engine
     budget: np.ndarray | None = None  # float [B]: where the dial stood; None where thresholds were given
     decision: Decision | None = None  # of the controller, where it was asked
@@ -63,6 +64,7 @@ class Record:
 
         `refined_T`: tokens whose details entered here; None: those of every patch.
         """
+        assert stage == len(self._passed), "stages are noted in their order, each once"
         self._passed.append((layout, refined_T))
         if len(layout.images) < self.batch:
             if self.exit_stage is None:

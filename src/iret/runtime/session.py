@@ -6,7 +6,7 @@
 
 The choice between two stages is the model's own code (`choice`), so the same patches are kept but for ties by rounding.
 
-Read first: `bundle`, `choice`, `stage`, `pace`. The graphs: `iret.export.graphs`.
+Read first: `bundle`, `choice`, `stage`, `record`, `pace`. The graphs: `iret.export.graphs`.
 """
 
 import time
