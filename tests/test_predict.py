@@ -59,12 +59,12 @@ def test_the_share_is_of_the_full_model_so_its_other_heads_come_on_top():
     assert answer.macs_share == 1 + 2 * 16 * 3 / full_macs(model.shape)
 
 
-def test_stages_are_counted_from_one_and_those_not_reached_hold_no_patch():
+def test_the_stage_that_answered_is_numbered_as_in_a_trace_and_those_not_reached_hold_no_patch():
     answer, trace = predict(make_model(), make_photo(), setting=Setting(exit_confidence=0.0))
-    assert answer.exit_stage == 1
+    assert answer.exit_stage == 0
     assert answer.kept == (24, 0, 0)
     assert trace.stage_logits[1:].isnan().all()
-    assert predict(make_model(), make_photo())[0].exit_stage == 3
+    assert predict(make_model(), make_photo())[0].exit_stage == 2
 
 
 def test_a_path_and_the_opened_photo_give_the_same_and_a_name_of_their_own(tmp_path):

@@ -23,7 +23,7 @@ class Prediction:
     confidence: float
     kept: tuple[int, ...]  # patches in each stage
     refined: tuple[int, ...]
-    exit_stage: int  # counted from 1
+    exit_stage: int  # index of the stage whose head answered, as in a trace
     macs: int
     macs_share: float
     time_s: float
@@ -67,7 +67,7 @@ def predict(
         confidence=float(confidence),
         kept=tuple(out.trace.kept.sum((1, 2, 3)).tolist()),
         refined=tuple(out.trace.refined.sum((1, 2, 3)).tolist()),
-        exit_stage=int(out.trace.exit_stage) + 1,
+        exit_stage=int(out.trace.exit_stage),
         macs=macs,
         macs_share=macs / full_macs(model.shape),
         time_s=time_s,

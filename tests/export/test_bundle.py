@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -172,6 +173,9 @@ def test_the_other_forms_answer_the_same(tmp_path, options):
     bundle, parity = export(make_model(), tmp_path / "bundle", **options)
     assert (parity.split, parity.problem) == (0, None)
     assert len(bundle.stages[-1]) == (2 if "buckets" in options else 1)
+    if "single_graph" in options:  # what programs without a session ask it by
+        outputs = onnxruntime.InferenceSession(tmp_path / "bundle" / "model.onnx").get_outputs()
+        assert [each.name for each in outputs] == ["logits", "kept", "refined", "importance"]
 
 
 def test_int8_is_smaller_and_says_how_often_it_agrees(traced, tmp_path, monkeypatch):
@@ -195,6 +199,7 @@ import sys
 sys.path.insert(0, {SOURCE!r})
 sys.modules["torch"] = None  # as if it were not installed
 import numpy as np
+import onnxruntime
 import iret
 out = iret.Session({str(traced[0])!r}, threads=1)(np.load({str(tmp_path / "images.npy")!r}), thresholds=1.0)
 np.save({str(tmp_path / "logits.npy")!r}, out.logits)
@@ -216,7 +221,7 @@ np.save({str(tmp_path / "logits.npy")!r}, out.logits)
         ({"single_graph": True, "buckets": (8,)}, "not both"),
         ({"buckets": (3,)}, r"outside \[4, 12\]"),
         ({"buckets": (13,)}, r"outside \[4, 12\]"),
-        ({"int8": True}, "give --data"),
+        ({"int8": True}, "with --data"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused_before_anything_is_written(tmp_path, options, sentence):

@@ -147,7 +147,8 @@ def test_a_bucket_that_no_image_fills_is_named_with_the_way_out(tmp_path, monkey
 
 
 def test_what_int8_needs_is_said_before_anything_is_written(tmp_path):
-    for options in ({}, {"images": torch.from_numpy(make_images(1)), "single_graph": True}):
-        with pytest.raises(ValueError, match="give --data, and leave out --single-graph"):
+    one = {"images": torch.from_numpy(make_images(1)), "single_graph": True}
+    for options, way_out in (({}, "give some with --data"), (one, "leave out --single-graph")):
+        with pytest.raises(ValueError, match=way_out):
             export(make_model(), tmp_path / "bundle", int8=True, **options)
     assert not any(tmp_path.iterdir())

@@ -669,6 +669,16 @@ def test_a_single_graph_refuses_what_needs_a_host_between_stages(tmp_path):
             session(make_images(0.0), **options)
 
 
+def test_a_budget_that_a_bundle_has_no_points_for_is_refused_with_the_way_out_of_its_kind(tmp_path):
+    for folder, options, way_out in (
+        (tmp_path / "stages", {}, "run `iret calibrate MODEL`"),
+        (tmp_path / "one", {"is_single": True, "stages": ((GraphFile("stage_0"),),)}, "export it with --data"),
+    ):
+        folder.mkdir()
+        with pytest.raises(ValueError, match=way_out):
+            make_session(folder, Pretender(), points=None, **options)(make_images(0.3), budget=0.5)
+
+
 def test_a_single_graph_has_no_importance_where_nothing_was_chosen(tmp_path):
     """As in a run of stages."""
 

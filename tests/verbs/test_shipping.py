@@ -93,7 +93,7 @@ def test_data_of_which_nothing_can_be_read_are_refused(exported, tmp_path, capsy
     [
         (["--buckets", "3"], "bucket 3 is outside [4, 64]"),
         (["--format", "executorch", "--single-graph"], "leave out --single-graph"),
-        (["--int8"], "give --data"),
+        (["--int8"], "with --data"),
         (["--max-images", "0"], "must be 1 or more"),
         (["--data", "./nowhere"], "nowhere"),
     ],

@@ -58,8 +58,10 @@ def export(
         ImportError: the engine is missing.
     """
     _refuse(model, out, kind, single_graph, buckets)
-    if int8 and (images is None or single_graph):
-        raise ValueError("int8 is calibrated on real images stage by stage; give --data, and leave out --single-graph.")
+    if int8 and single_graph:
+        raise ValueError("int8 is calibrated stage by stage; leave out --single-graph.")
+    if int8 and images is None:
+        raise ValueError("int8 is calibrated on real images; give some with --data.")
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))

@@ -154,6 +154,8 @@ class SingleGraph(nn.Module):
     No early exit, rule "threshold" only.
     """
 
+    output_names = ("logits", "kept", "refined", "importance")
+
     def __init__(self, model: Iret) -> None:
         super().__init__()
         self.first = FirstStage(model)

@@ -27,12 +27,13 @@ Axes = tuple[dict[int, Any], ...]  # per input: dimension -> torch.export.Dim; a
 def write_onnx(
     module: nn.Module, inputs: tuple[Tensor, ...], axes: Axes | None, path: Path, calls: Calls | None = None
 ) -> None:
-    """One ONNX file with its weights inside."""
+    """One ONNX file with its weights inside; outputs have the module's `output_names`, if it has any."""
     for library in ("onnx", "onnxscript"):
         import_or_say(library, "export")
     with _quiet():
+        names = getattr(module, "output_names", None)
         program = torch.onnx.export(
-            module, inputs, dynamo=True, dynamic_shapes=axes, opset_version=OPSET, verbose=False
+            module, inputs, output_names=names, dynamo=True, dynamic_shapes=axes, opset_version=OPSET, verbose=False
         )
         assert program is not None
         for node in program.model.graph.all_nodes():

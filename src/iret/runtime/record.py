@@ -16,7 +16,7 @@ from iret.runtime.controller import Decision
 from iret.runtime.cost import Shape, macs, plan_macs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one answer to ==
 class Trace:
     """What one run looked at; a stage that an image did not reach is False in `kept` and NaN elsewhere."""
 
@@ -32,13 +32,13 @@ class Trace:
         return cls(stage_logits, record.exits, *record.grids, record.importance())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one answer to ==
 class Output:
     """Answer and cost of one run, as of `Iret.run`, and where the time went."""
 
     logits: np.ndarray  # float32 [B, classes]
     macs: np.ndarray  # int64 [B]: multiply-accumulates spent on each image
-    look: Callable[[], Trace] = field(repr=False, compare=False)  # makes `trace`, when somebody asks for it
+    look: Callable[[], Trace] = field(repr=False)  # makes `trace`, when somebody asks for it
     time_s: float  # of all of it, but for preprocessing, making a trace and, once in a session, joining its stages
     engine_s: float  # of that, inside the engine
     budget: np.ndarray | None = None  # float [B]: where the dial stood; None where thresholds were given

@@ -164,7 +164,7 @@ def _print_predictions(predictions) -> None:
                 p.image,
                 p.label,
                 f"{p.confidence:.1%}",
-                "/".join(str(kept) if stage < p.exit_stage else "-" for stage, kept in enumerate(p.kept)),
+                "/".join(str(kept) if stage <= p.exit_stage else "-" for stage, kept in enumerate(p.kept)),
                 f"{p.macs / 1e6:.1f}",
                 f"{p.macs_share:.0%}",
                 f"{p.time_s * 1e3:.1f}",
