@@ -1,9 +1,11 @@
-"""Which images of a ragged batch share a call. What a stage is fed: test_session."""
+"""Which images of a ragged batch share a call, and the patches they are fed. What else a stage is fed: test_session."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings, strategies as st
 
-from iret.runtime.stage import group_by_count
+from iret.runtime.cost import Shape
+from iret.runtime.stage import Batch, group_by_count
 
 
 def cost_of(groups, cost, call) -> float:
@@ -40,3 +42,19 @@ def test_no_other_groups_cost_less(counts, call, limit):
         if max(map(len, each)) <= limit
     )
     assert cost_of(groups, cost, call) <= min(cost_of(each, cost, call) for each in fair) + 1e-9
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_patches_are_cut_out_of_their_own_image_between_rows_of_zeros(images):
+    shape = Shape(
+        img_size=(8, 12), patch_size=4, in_chans=2, num_classes=2, embed_dims=(8, 8), depths=(1, 1), head_dim=8
+    )
+    pixels = np.random.default_rng(0).normal(size=(images, 2, 8, 12)).astype(np.float32)
+    every = pixels.reshape(images, 2, 2, 4, 3, 4).transpose(0, 2, 4, 1, 3, 5).reshape(images * 6, 2, 4, 4)
+    batch, some = Batch(pixels, shape), np.arange(1, images * 6, 4)
+    found = batch.read(some, len(some) + 3)
+    assert (found[1 : len(some) + 1] == every[some]).all()
+    assert not found[0].any()
+    assert not found[len(some) + 1 :].any()
+    whole = batch.read(np.arange(images * 6), images * 6 + 1)
+    assert (whole[1:] == every).all()

@@ -88,7 +88,6 @@ class Record:
                 count if refined_T is None else int(np.count_nonzero(refined_T[1:]))
                 for count, (_, refined_T) in zip(kept, self._passed, strict=True)
             ]
-            refined[0] = 0
             return np.array([plan_macs(self.shape, kept, refined, scored=bool(np.any(scored)))], dtype=np.int64)
         kept, refined = (grid.sum((2, 3)) for grid in self.grids)
         exits = self.exits
