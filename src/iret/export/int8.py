@@ -61,7 +61,7 @@ def record_inputs(folder: Path, images: np.ndarray, settings: Sequence[tuple[obj
 
 
 def quantize_onnx(path: Path, calls: Calls) -> None:
-    """ONNX Runtime's static quantiser, in place: QDQ, int8 weights per channel, uint8 activations; of linear layers alone."""
+    """ONNX Runtime's static quantiser, in place: QDQ, int8 weights per channel, uint8 activations; of products with a weight."""
     quantization: Any = import_or_say("onnxruntime.quantization", "export")
     onnx = import_or_say("onnx", "export")
     graph = onnx.load(path).graph
@@ -88,7 +88,7 @@ def quantize_onnx(path: Path, calls: Calls) -> None:
 
 
 def quantize_openvino(graph: Any, calls: Calls) -> Any:
-    """NNCF's post-training quantisation with its settings for transformers, of linear layers alone."""
+    """NNCF's post-training quantisation with its settings for transformers, of products with a weight alone."""
     nncf = import_or_say("nncf", "openvino-int8")
     nncf.set_log_level(40)  # errors
     others = [
