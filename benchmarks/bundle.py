@@ -3,10 +3,11 @@
 static    the same model as one graph with everything kept and nothing to choose, as torch exports its blocks
 deit_s    a plain ViT of DeiT-S shape as one static graph, as torch exports it
 bundle    stage by stage through `iret.Session`: everything kept, and with thresholds at MAC ratios of 1.7, 2.7, 4 and 5.3
+single    the same through `iret.Session` from a bundle of one graph, which chooses itself (`iret export --single-graph`)
 ceiling   one static graph of the bundle's own blocks at its counts, which scores, chooses and gathers nothing
 
-`host` is the share of a run stage by stage outside the engine, but for the check of its pixels; `between`, the share between the
-engine's calls. The full run on OpenVINO is timed as the session does it there, in one call.
+Shares are against the full run of the same bundle. `host` is the share of a run outside the engine, but for the check of its
+pixels; `between`, the share between the engine's calls. On OpenVINO the full run is one call, as the session does it.
 
 python benchmarks/bundle.py --engines onnxruntime openvino executorch --out results/...      run it alone on the machine
 """
@@ -131,20 +132,28 @@ def make_work(engine: str, model: iret.Iret, scratch: Path, calls: Calls) -> tup
     extension, write = WRITERS[kind]
     image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     inputs = image.numpy()
-    export(model, scratch / kind, kind)
-    session = iret.Session(scratch / kind, engine, threads=1)
-    watched = iret.Session(scratch / kind, engine, threads=1, load=calls.load)
+    bundles = {"bundle": scratch / kind}
+    export(model, bundles["bundle"], kind)
+    if kind != "executorch":  # which runs no sizes that depend on data
+        bundles["single"] = scratch / f"{kind}_single"
+        export(model, bundles["single"], kind, single_graph=True)
     graphs = {"static": Static(model).eval(), "deit_s": trained_looking(VisionTransformer()).eval()}
     work, met, hosted = {}, {}, {}
     with torch.no_grad():
         assert torch.allclose(graphs["static"](image), model(image), atol=1e-4)
-        for asked in RATIOS:
-            name, thresholds = f"bundle {asked:g}", thresholds_for(model, image, asked)
-            work[name] = partial(session, inputs, thresholds=thresholds)
-            hosted[name] = partial(watched, inputs, thresholds=thresholds)
-            out = work[name]()
-            met[name] = full_macs(model.shape) / int(out.macs[0]) if thresholds else 1.0
-            graphs[f"ceiling {asked:g}"] = Ceiling(model, out.trace.kept.sum((1, 2, 3)).tolist()).eval()
+        thresholds = {f"{asked:g}": thresholds_for(model, image, asked) for asked in RATIOS}
+        for form, folder in bundles.items():
+            session = iret.Session(folder, engine, threads=1)
+            watched = iret.Session(folder, engine, threads=1, load=calls.load)
+            for asked, each in thresholds.items():
+                name = f"{form} {asked}"
+                work[name] = partial(session, inputs, thresholds=each)
+                hosted[name] = partial(watched, inputs, thresholds=each)
+                out = work[name]()
+                met[name] = full_macs(model.shape) / int(out.macs[0]) if each else 1.0
+                counts = out.trace.kept.sum((1, 2, 3)).tolist()
+                ceiling = graphs.setdefault(f"ceiling {asked}", Ceiling(model, counts).eval())
+                assert ceiling.counts == counts, "both bundles keep the same, or they are not to be compared"
         for name, graph in graphs.items():
             path = scratch / f"{name.replace(' ', '_')}_{kind}{extension}"
             write(graph, (image,), None, path)
@@ -172,10 +181,11 @@ def main() -> None:
         for name, latency in samples.items():
             own = met.get(name)
             row = {"engine": engine, "what": name, "ms": latency.p50_ms, "mac_ratio": own}
-            row["share"] = own and ratio(samples["bundle 1"], latency).median / own
+            form, _, asked = name.partition(" ")
+            row["share"] = own and ratio(samples[f"{form} 1"], latency).median / own
             for what, shares in zip(("host", "between"), zip(*host.get(name, ()), strict=True), strict=False):
                 row[what] = statistics.median(shares)
-            ceiling = samples.get(name.replace("bundle", "ceiling")) if own else None
+            ceiling = samples[f"ceiling {asked}"] if own else None
             row["ceiling_over_time"] = ceiling and ratio(ceiling, latency).median
             row["over_static"] = ratio(latency, samples["static"]).median
             rows.append(row)

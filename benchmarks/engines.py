@@ -3,6 +3,7 @@
 plain         weights as torch keeps them, eager
 laid out      weights input by input in memory (`iret.vit.lay_out`), eager: what `iret.load` gives
 compiled      the same through `model.compile()` (inductor)
+onednn        linear layers by oneDNN, bias and GELU included (`iret.precision.to_onednn`), eager
 int8          int8 linear layers (`iret.precision.to_int8`), eager
 onnxruntime   a bundle through `iret.Session`
 int8 is also held against the full float run, because it makes every point faster, the full one too.
@@ -30,16 +31,15 @@ from iret import doctor
 from iret.bench import make_point
 from iret.export.bundle import export
 from iret.measure.latency import measure_latency, pin_threads, ratio
-from iret.precision import to_int8
+from iret.precision import to_int8, to_onednn
 from iret.runtime.cost import full_macs
 from iret.runtime.points import Point
 from iret.runtime.timing import replay
 from iret.vit import lay_out
 
 RATIOS = (1.0, 1.5, 1.74, 2.5, 2.7, 4.0, 5.3, 6.0)
-
-
-ENGINES = ("plain", "laid out", "compiled", "int8", "onnxruntime")
+CONVERSIONS = {"onednn": to_onednn, "int8": to_int8}
+ENGINES = ("plain", "laid out", "compiled", "onednn", "int8", "onnxruntime")
 
 
 def make_engine(name: str, images: Tensor, points: dict[float, Point]) -> dict[float, Callable[[], object]]:
@@ -52,8 +52,8 @@ def make_engine(name: str, images: Tensor, points: dict[float, Point]) -> dict[f
             session = iret.Session(Path(folder) / "bundle", name, threads=1)
         options = {asked: replay(model.shape, point, point.plans[0]) for asked, point in points.items() if asked > 1}
         return {asked: partial(session, images.numpy(), **options.get(asked, {})) for asked in points}
-    if name == "int8":
-        model = to_int8(model)
+    if name in CONVERSIONS:
+        model = CONVERSIONS[name](model)
     elif name != "plain":
         lay_out(model)
     if name == "compiled":

@@ -114,11 +114,14 @@ class Stopwatch:
 
 
 def thresholds_for(model: iret.Iret, images: Tensor, ratio: float) -> tuple[float, float] | float:
-    """Thresholds at which this image costs 1 / ratio of the full model, by bisection; the same at both transitions."""
+    """Thresholds at which this image costs 1 / ratio of the full model, by bisection; the same at both transitions.
+
+    Not to the last bit, which would be the importance of one patch, and engines round that differently.
+    """
     if ratio == 1:
         return 0.0
     low, high = 0.0, 4.0
-    for _ in range(30):
+    for _ in range(14):
         middle = (low + high) / 2
         spent = int(model.run(images, middle).macs)
         low, high = (middle, high) if spent > full_macs(model.shape) / ratio else (low, middle)

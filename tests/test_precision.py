@@ -1,14 +1,19 @@
-"""int8 and bf16: the same answers but for rounding, the same tokens but for ties, refused where they cannot run."""
+"""int8, bf16 and oneDNN: the same answers but for rounding, the same tokens but for ties, refused where they cannot run."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import iret
-from iret.precision import Int8Linear, adds_in_16_bits, prepare, to_int8
+from iret.export.bundle import export
+from iret.precision import Int8Linear, OneDnnLinear, adds_in_16_bits, prepare, to_int8, to_onednn
 from iret.runtime.points import BUDGETS, PRECISIONS
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN, as on macOS")
+CONVERSIONS = [pytest.param(to_int8, id="int8"), pytest.param(to_onednn, marks=needs_onednn, id="float32-onednn")]
 
 
 def make_model() -> iret.Iret:
@@ -48,14 +53,48 @@ def test_int8_answers_as_float_does_at_every_budget():
         assert (model(photos()) - quantised(photos())).abs().max() < 0.2  # logits of up to 3
 
 
-def test_int8_leaves_the_float_model_as_it_was():
+@needs_onednn
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("rows", [(), (7,), (2, 5)])
+def test_a_layer_of_onednn_is_the_layer(rows, has_bias):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 96, bias=has_bias), torch.randn(*rows, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(OneDnnLinear(linear)(x), linear(x), atol=1e-5, rtol=0)
+        torch.testing.assert_close(OneDnnLinear(linear, gelu=True)(x), F.gelu(linear(x)), atol=1e-5, rtol=0)
+
+
+@needs_onednn
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_onednn_answers_as_torch_does_and_keeps_the_same(budget):
+    model, images = make_model(), photos()
+    fast = to_onednn(model)
+    setting = model.setting(budget)
+    with torch.no_grad():
+        wanted, got = (each.run(images, setting.thresholds, setting.exit_confidence) for each in (model, fast))
+        torch.testing.assert_close(fast(images, budget=budget), model(images, budget=budget), atol=1e-4, rtol=0)
+    assert torch.equal(wanted.trace.kept, got.trace.kept)
+    assert torch.equal(wanted.macs, got.macs)
+
+
+@needs_onednn
+def test_an_answer_of_onednn_does_not_depend_on_its_batch_mates():
+    fast, images = to_onednn(make_model()), photos()
+    with torch.no_grad():
+        alone = torch.cat([fast(image[None], budget=0.5) for image in images])
+        torch.testing.assert_close(fast(images, budget=0.5), alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS)
+def test_a_conversion_leaves_the_float_model_as_it_was(convert):
     model = make_model()
     before = copy.deepcopy(model.state_dict())
-    quantised = to_int8(model)
-    assert (model.precision, quantised.precision) == ("float32", "int8")
+    converted = convert(model)
+    precision, kind = ("int8", Int8Linear) if convert is to_int8 else ("float32-onednn", OneDnnLinear)
+    assert (model.precision, converted.precision) == ("float32", precision)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert not any(isinstance(part, Int8Linear) for part in model.modules())
-    layers = sum(isinstance(part, Int8Linear) for part in quantised.modules())
+    assert not any(isinstance(part, kind) for part in model.modules())
+    layers = sum(isinstance(part, kind) for part in converted.modules())
     assert layers == 4 * sum(model.shape.depths)
 
 
@@ -109,15 +148,39 @@ def test_sums_of_the_largest_products_are_right_on_this_machine(monkeypatch, ove
     assert Int8Linear(linear)(torch.ones(1, 4)).item() == pytest.approx(4.0, rel=0.01)
 
 
-def test_an_int8_model_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="an int8 model cannot be saved; save the model that it was made from"):
-        to_int8(make_model()).save_pretrained(tmp_path)
+@pytest.mark.parametrize("convert", CONVERSIONS)
+def test_a_converted_model_is_neither_saved_nor_exported_nor_converted(convert, tmp_path):
+    converted = convert(make_model())
+    with pytest.raises(ValueError, match=r"in (int8|float32-onednn) cannot be saved; save the model that it was made"):
+        converted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot be exported; export the model that it was made from"):
+        export(converted, tmp_path / "bundle")
+    with pytest.raises(ValueError, match="already; convert the one that it was made from"):
+        to_int8(converted)
     assert not any(tmp_path.iterdir())
+
+
+@needs_onednn
+def test_packed_weights_are_not_compiled():
+    with pytest.raises(ValueError, match="packed weights are not compiled; compile the model that it was made from"):
+        to_onednn(make_model()).compile()
 
 
 def test_int8_is_refused_off_the_cpu():
     with pytest.raises(ValueError, match="int8 runs on a CPU; on an accelerator take bfloat16"):
         to_int8(iret.create_model("iret_pico").to("meta"))
+
+
+@pytest.mark.parametrize("other", [{"device": "meta"}, {"dtype": torch.float64}])
+def test_onednn_is_refused_off_the_cpu_and_in_other_formats(other):
+    with pytest.raises(ValueError, match="packed weights are float32 on a CPU"):
+        to_onednn(iret.create_model("iret_pico").to(**other))
+
+
+def test_onednn_is_refused_where_torch_has_none(monkeypatch):
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    with pytest.raises(ValueError, match="this build of torch has no oneDNN to pack weights for; take float32"):
+        to_onednn(make_model())
 
 
 def test_int8_is_refused_where_torch_has_no_kernels(monkeypatch):
@@ -126,7 +189,9 @@ def test_int8_is_refused_where_torch_has_no_kernels(monkeypatch):
         to_int8(make_model())
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision", [pytest.param(each, marks=needs_onednn if "onednn" in each else ()) for each in PRECISIONS]
+)
 def test_a_precision_is_what_the_model_says_it_runs_in(precision):
     model, context = prepare(make_model(), precision)
     with context, torch.no_grad():
@@ -135,5 +200,7 @@ def test_a_precision_is_what_the_model_says_it_runs_in(precision):
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="precision 'fp8' is unknown; choose from float32, bfloat16, int8"):
+    with pytest.raises(
+        ValueError, match="precision 'fp8' is unknown; choose from float32, float32-onednn, bfloat16, int8"
+    ):
         prepare(make_model(), "fp8")

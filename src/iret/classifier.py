@@ -58,7 +58,7 @@ class Classifier(
         self.preprocessing = Preprocess(img_size=shape.img_size, mean=half, std=half)
         self.labels: tuple[str, ...] | None = None
         self.points: OperatingPoints | None = None
-        self.is_int8 = False  # see `iret.precision`
+        self.own_precision: str | None = None  # of a copy that `iret.precision` converted
 
     @property
     def num_features(self) -> int:
@@ -79,9 +79,9 @@ class Classifier(
 
     @property
     def precision(self) -> str:
-        """The number format its products are computed in here, e.g. "float32", "int8" or, under autocast, "bfloat16"."""
-        if self.is_int8:
-            return "int8"
+        """What its products are computed in here, of `PRECISIONS`, e.g. "float32", "int8" or, under autocast, "bfloat16"."""
+        if self.own_precision:
+            return self.own_precision
         kind = self.pos_embed.device.type
         return str(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.pos_embed.dtype)[6:]
 
@@ -103,8 +103,8 @@ class Classifier(
         return self.push_to_hub(repo_id or Path(save_directory).name, **push_options) if push_to_hub else None
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        if self.is_int8:
-            raise ValueError("an int8 model cannot be saved; save the model that it was made from.")
+        if self.own_precision:
+            raise ValueError(f"a model in {self.own_precision} cannot be saved; save the model that it was made from.")
         config = {
             "format": FORMAT,
             "name": self.name,

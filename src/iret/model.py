@@ -324,7 +324,12 @@ class Iret(Classifier):
 
         Choosing stays eager, so no graph depends on how many tokens an image keeps. Graphs differ by stage, by whether it is
         scored, and by batches of one, of equal and of different counts; more room is made for them.
+
+        Raises:
+            ValueError: weights packed by `iret.precision.to_onednn`, which torch's compiler does not take.
         """
+        if self.own_precision == "float32-onednn":
+            raise ValueError("packed weights are not compiled; compile the model that it was made from, in float32.")
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
         for part in (*self.stages, *self.transitions):

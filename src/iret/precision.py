@@ -1,4 +1,8 @@
-"""Number formats: int8 linear layers and bf16 autocast, for models that are only run.
+"""Number formats, and weights packed for the processor, for models that are only run.
+
+`to_onednn` keeps the weights of every block's linear layers as oneDNN wants them, and has bias and GELU done while it
+multiplies: the same numbers but for the order of sums. torch's own products in float32 are MKL's, which took twice as long on
+the AMD processor it was tried on (docs/LOG.md, 2026-11-26).
 
 `to_int8` keeps the weights of every block's linear layers in 8 bits, a scale per output channel, and rounds what enters a layer
 to 8 bits when it comes, with a scale per batch: a quarter of the weight bytes, which is what a small batch waits for, and
@@ -11,6 +15,7 @@ quantisation reaches their speed on a CPU only when compiled.
 import copy
 import platform
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -21,7 +26,36 @@ from iret.model import Iret
 from iret.runtime.points import PRECISIONS
 from iret.vit import lay_out
 
-LAYERS = ("qkv", "proj", "fc1", "fc2")
+
+class OneDnnLinear(nn.Module):
+    """A linear layer whose weights oneDNN has laid out for itself, in float32; `gelu`: of what it gives.
+
+    For numbers of rows that it has not seen, oneDNN first writes its code, in half a millisecond; it keeps the last 1,024.
+    """
+
+    def __init__(self, linear: nn.Linear, *, gelu: bool = False) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().float(), None)
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.then: tuple[str, list, str] = ("gelu", [], "none") if gelu else ("none", [], "")
+
+    def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        # torch has no public name for it; its compiler's programs call it
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.then)
+
+
+def to_onednn(model: Iret) -> Iret:
+    """A copy of `model` on CPU, in eval mode, with packed linear layers in its blocks; it can be run, not trained or saved.
+
+    Raises:
+        ValueError: this build of torch has no oneDNN, or the model is not on a CPU in float32.
+    """
+    if (model.pos_embed.device.type, model.pos_embed.dtype) != ("cpu", torch.float32):
+        raise ValueError("packed weights are float32 on a CPU; on an accelerator take float32 or bfloat16.")
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        raise ValueError("this build of torch has no oneDNN to pack weights for; take float32.")
+    return _convert(model, "float32-onednn", OneDnnLinear, lambda fc1: OneDnnLinear(fc1, gelu=True))
 
 
 def adds_in_16_bits() -> bool:
@@ -70,15 +104,25 @@ def to_int8(model: Iret) -> Iret:
     engines = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
     if not engines:
         raise ValueError("this build of torch has no int8 kernels; take float32 or bfloat16.")
-    quantised = copy.deepcopy(model).eval().requires_grad_(False)
-    for stage in quantised.stages:
+    return _convert(model, "int8", Int8Linear, lambda fc1: nn.Sequential(Int8Linear(fc1), nn.GELU()))
+
+
+def _convert(
+    model: Iret, precision: str, convert: Callable[[nn.Linear], nn.Module], and_gelu: Callable[[nn.Linear], nn.Module]
+) -> Iret:
+    """A copy whose blocks have converted linear layers, GELU included where it follows."""
+    if model.own_precision:
+        raise ValueError(f"this model is in {model.own_precision} already; convert the one that it was made from.")
+    converted = copy.deepcopy(model).eval().requires_grad_(False)
+    for stage in converted.stages:
         for block in stage.blocks:
-            for part in (block.attn, block.mlp):
-                for name in LAYERS:
-                    if hasattr(part, name):
-                        setattr(part, name, Int8Linear(getattr(part, name)))
-    quantised.is_int8 = True
-    return quantised
+            block.attn.qkv, block.attn.proj = convert(block.attn.qkv), convert(block.attn.proj)
+            block.mlp = nn.Sequential(and_gelu(block.mlp.fc1), convert(block.mlp.fc2))
+    converted.own_precision = precision
+    return converted
+
+
+CONVERSIONS = {"float32-onednn": to_onednn, "int8": to_int8}
 
 
 def prepare(model: Iret, precision: str) -> tuple[Iret, AbstractContextManager]:
@@ -89,8 +133,8 @@ def prepare(model: Iret, precision: str) -> tuple[Iret, AbstractContextManager]:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is unknown; choose from {', '.join(PRECISIONS)}.")
-    if precision == "int8":
-        return to_int8(model), nullcontext()
+    if precision in CONVERSIONS:
+        return CONVERSIONS[precision](model), nullcontext()
     lay_out(model)
     if precision == "bfloat16":
         return model, torch.autocast(model.pos_embed.device.type, torch.bfloat16)

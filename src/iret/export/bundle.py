@@ -161,6 +161,10 @@ def _write(
 
 def _refuse(model: Iret, out: Path, kind: str, single_graph: bool, buckets: Sequence[int]) -> None:
     """Raises ValueError for what cannot be written, before anything is."""
+    if model.own_precision:
+        raise ValueError(
+            f"a model in {model.own_precision} cannot be exported; export the model that it was made from."
+        )
     if kind not in ENGINES:
         raise ValueError(f"format {kind!r} is unknown; choose from {', '.join(ENGINES)}.")
     if not model.num_classes:

@@ -23,7 +23,7 @@ FORMAT = 2
 FILE_NAME = "points.json"
 BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)  # that cards, `iret eval` and the demo show
 MAX_SETTINGS = 1024  # remembered by one table
-PRECISIONS = ("float32", "bfloat16", "int8")  # number formats that a device can be measured in
+PRECISIONS = ("float32", "float32-onednn", "bfloat16", "int8")  # what a device can be measured in: `iret.precision`
 MEASURE_MODEL = "`iret calibrate MODEL --device-only`"
 CLIFF_SHARE, CLIFF_STEP = 0.1, 0.02  # so much of the full MACs on so little of the threshold is a cliff
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MIN_ROUNDS, MAX_ROUNDS, WARM_UP = 3, 15, 1
 FORMATS = {
     "float32": ("fp32", 4),
+    "float32-onednn": ("fp32", 4),
     "bfloat16": ("fp16", 2),
     "float16": ("fp16", 2),
     "int8": ("int8", 4),
