@@ -1,6 +1,7 @@
 """int8, bf16 and oneDNN: the same answers but for rounding, the same tokens but for ties, refused where they cannot run."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -83,6 +84,18 @@ def test_an_answer_of_onednn_does_not_depend_on_its_batch_mates():
     with torch.no_grad():
         alone = torch.cat([fast(image[None], budget=0.5) for image in images])
         torch.testing.assert_close(fast(images, budget=0.5), alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS)
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],  # noqa: S301  (our own bytes)
+    ids=["copy", "pickle"],
+)
+def test_a_converted_model_can_be_copied_and_pickled(convert, again):
+    converted = convert(make_model())
+    with torch.no_grad():
+        assert torch.equal(again(converted)(photos(), budget=0.5), converted(photos(), budget=0.5))
 
 
 @pytest.mark.parametrize("convert", CONVERSIONS)

@@ -35,7 +35,7 @@ class OneDnnLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, *, gelu: bool = False) -> None:
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().float(), None)
+        self.packed = _pack(linear.weight.detach().float())
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.then: tuple[str, list, str] = ("gelu", [], "none") if gelu else ("none", [], "")
@@ -43,6 +43,17 @@ class OneDnnLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         # torch has no public name for it; its compiler's programs call it
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.then)
+
+    def __getstate__(self) -> dict:
+        """To be copied and pickled, which packed weights cannot be."""
+        return self.__dict__ | {"packed": self.packed.to_dense()}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state | {"packed": _pack(state["packed"])})
+
+
+def _pack(weight: Float[Tensor, "out in"]) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def to_onednn(model: Iret) -> Iret:

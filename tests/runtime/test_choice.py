@@ -88,13 +88,3 @@ def test_an_image_that_has_no_patch_left_keeps_its_class_token_alone(rule):
     strength = 1.5 if rule == "threshold" else 0.6
     kept = choose(importance, here, np.full((2, 2), strength), rule, 1).kept_T
     assert kept[[0, 4]].all() and kept[1] and not kept[3]
-
-
-def test_a_layout_of_a_grid_has_a_token_for_every_patch_there_and_packs_grids_alike():
-    grid = np.array([[True, False, True], [False, False, True]])
-    layout = Layout.of(grid)
-    assert layout.cell_T.tolist() == [-1, 0, 2, -1, 2]
-    assert layout.starts.tolist() == [0, 3, 5]
-    assert layout.images.tolist() == [0, 1]
-    assert layout.pack(np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).tolist() == [0, 1, 3, 0, 6]
-    assert layout.pack(grid).dtype == bool

@@ -5,7 +5,7 @@ import pytest
 
 from iret.runtime.choice import Layout
 from iret.runtime.cost import Shape, plan_macs
-from iret.runtime.record import Output, Record, Trace
+from iret.runtime.record import Grids, Output, Record, Trace
 
 # Three stages on a grid of 2 x 3 patches of 4 px.
 SHAPE = Shape(
@@ -116,3 +116,32 @@ def test_a_trace_is_made_when_somebody_asks_for_it_and_once():
     assert not made
     assert out.trace is out.trace is made[0]
     assert out.trace.kept.sum() == 6
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_grids_of_a_graph_say_what_notes_of_the_same_run_say(drops):
+    """Two images: one keeps three patches and then one, refining one and none; the other keeps all and refines all."""
+    kept = np.ones((2, 3, 6), np.float32)
+    kept[0, 1:] = [[1, 0, 1, 0, 0, 1], [0, 0, 1, 0, 0, 0]]
+    refined = np.ones((2, 3, 6), np.float32)
+    refined[:, 0] = 0
+    refined[0, 1:] = [[0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
+    seen = np.arange(24, dtype=np.float32).reshape(2, 2, 6)
+    grids = Grids(SHAPE, list(zip(kept, refined, seen * kept[:, :-1], strict=True)), drops)
+
+    record = Record(SHAPE, 2)
+    record.add(0, Layout.whole(2, 6), None)
+    middle = layout([0, 1], [0, 2, 5], range(6))
+    record.add(1, middle, np.array([False, False, True, False, False, *[True] * 6]))
+    last = layout([0, 1], [2], range(6))
+    record.add(2, last, np.array([False, False, False, *[True] * 6]))
+    if drops:
+        record.see(0, Layout.whole(2, 6), np.array([0, *range(6), 0, *range(12, 18)], float))
+        record.see(1, middle, np.array([0, 6, 8, 11, 0, *range(18, 24)], float))
+
+    assert grids.exits.tolist() == record.exits.tolist()
+    assert grids.macs(np.array([True, False])).tolist() == [
+        record.macs(True)[0], plan_macs(SHAPE, (6, 6, 6), (0, 6, 6), scored=False)
+    ]  # fmt: skip
+    for ours, theirs in zip((*grids.grids, grids.importance()), (*record.grids, record.importance()), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -34,13 +34,6 @@ class Layout:
         cell = np.tile(np.arange(-1, num_cells, dtype=np.int64), batch)
         return Layout(cell, np.arange(batch + 1) * (1 + num_cells), np.arange(batch))
 
-    @staticmethod
-    def of(grid: np.ndarray) -> "Layout":
-        """Of the patches that are True in bool [B, cells]."""
-        has_token = np.ones((len(grid), 1 + grid.shape[1]), dtype=bool)
-        has_token[:, 1:] = grid
-        return Layout(has_token.nonzero()[1] - 1, to_starts(has_token.sum(1)), np.arange(len(grid)))
-
     @property
     def is_one(self) -> bool:
         """Whether there is one image alone, where every step counts."""
@@ -54,12 +47,6 @@ class Layout:
     def image_T(self) -> np.ndarray:
         """Each token's image, as numbered in the whole batch."""
         return self.images.repeat(self.counts)
-
-    def pack(self, grid: np.ndarray) -> np.ndarray:
-        """[B, cells], an entry a patch of the images here, as an entry a token; class tokens get 0."""
-        packed, is_patch = np.zeros(len(self.cell_T), grid.dtype), self.cell_T >= 0
-        packed[is_patch] = grid[np.arange(len(grid)).repeat(self.counts - 1), self.cell_T[is_patch]]
-        return packed
 
     def take(self, goes_on: np.ndarray) -> tuple["Layout", np.ndarray]:
         """Of some images only, and the rows of their tokens."""

@@ -27,7 +27,7 @@ class Trace:
     importance: np.ndarray  # float [S - 1, B, rows, columns]: "times uniform", what each choice saw; NaN elsewhere
 
     @classmethod
-    def of(cls, record: "Record", stage_logits: np.ndarray) -> "Trace":
+    def of(cls, record: "Record | Grids", stage_logits: np.ndarray) -> "Trace":
         """Of a run that is over, and what its heads said."""
         return cls(stage_logits, record.exits, *record.grids, record.importance())
 
@@ -116,3 +116,38 @@ class Record:
             is_patch = layout.cell_T >= 0
             grid[transition, layout.image_T()[is_patch], layout.cell_T[is_patch]] = importance_T[is_patch]
         return grid.reshape(*grid.shape[:2], *self.shape.grid)
+
+
+@dataclass(frozen=True, eq=False)
+class Grids:
+    """What a graph that chooses inside did, of images that all passed every stage; answers to what a `Record` does."""
+
+    shape: Shape
+    found: list[tuple[np.ndarray, ...]]  # an image: kept and refined [S, cells], 0 or 1; importance [S - 1, cells]
+    drops: bool  # whether there was anything to choose
+
+    @property
+    def exits(self) -> np.ndarray:
+        """int [B]: the last stage, whose head answers."""
+        return np.full(len(self.found), len(self.shape.depths) - 1)
+
+    def macs(self, scored: np.ndarray) -> np.ndarray:
+        """int64 [B]: multiply-accumulates spent on each image; `scored` [B]: whether its tokens were chosen."""
+        counts = ([np.count_nonzero(grid, axis=1).tolist() for grid in grids] for *grids, _ in self.found)
+        spent = [
+            plan_macs(self.shape, *each, scored=bool(is_scored)) for each, is_scored in zip(counts, scored, strict=True)
+        ]
+        return np.array(spent, dtype=np.int64)
+
+    @cached_property
+    def grids(self) -> tuple[np.ndarray, np.ndarray]:
+        """Kept and refined patches, bool [S, B, rows, columns]."""
+        kept, refined = (np.stack([each[place] for each in self.found], 1) > 0 for place in range(2))
+        form = (*kept.shape[:2], *self.shape.grid)
+        return kept.reshape(form), refined.reshape(form)
+
+    def importance(self) -> np.ndarray:
+        """float [S - 1, B, rows, columns]: what each transition chose by; NaN where nothing was to be chosen."""
+        kept = self.grids[0][:-1]
+        seen = np.stack([importance for *_, importance in self.found], 1).reshape(kept.shape)
+        return np.where(kept & self.drops, seen, np.nan)

@@ -37,7 +37,7 @@ from iret.runtime.points import (
     setting_of,
 )
 from iret.runtime.preprocess import Source
-from iret.runtime.record import Output, Record, Trace
+from iret.runtime.record import Grids, Output, Record, Trace
 from iret.runtime.single import run_single
 from iret.runtime.stage import Batch, Stage
 from iret.runtime.whole import Whole
@@ -204,6 +204,7 @@ class Session:
         if whole and not whole.is_made:
             whole = self._whole = whole if whole.make() else None
             started = self._clock()  # once in a session: no part of what a run takes
+        record: Record | Grids
         if self.bundle.is_single:
             record, stage_logits = run_single(self._stages[0], batch, self.shape, strengths)
         elif whole:
