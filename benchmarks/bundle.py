@@ -134,7 +134,7 @@ def make_work(engine: str, model: iret.Iret, scratch: Path, calls: Calls) -> tup
     inputs = image.numpy()
     bundles = {"bundle": scratch / kind}
     export(model, bundles["bundle"], kind)
-    if kind != "executorch":  # which runs no sizes that depend on data
+    if kind != "executorch":  # there `export` refuses it: 12 times too slow
         bundles["single"] = scratch / f"{kind}_single"
         export(model, bundles["single"], kind, single_graph=True)
     graphs = {"static": Static(model).eval(), "deit_s": trained_looking(VisionTransformer()).eval()}

@@ -1,11 +1,11 @@
 """What raises the ceiling at batch 1? `iret_small`, one thread, the same work on each engine, interleaved, raw samples kept.
 
-plain         weights as torch keeps them, eager
-laid out      weights input by input in memory (`iret.vit.lay_out`), eager: what `iret.load` gives
-compiled      the same through `model.compile()` (inductor)
-onednn        linear layers by oneDNN, bias and GELU included (`iret.precision.to_onednn`), eager
-int8          int8 linear layers (`iret.precision.to_int8`), eager
-onnxruntime   a bundle through `iret.Session`
+plain           weights as torch keeps them, eager
+laid out        weights input by input in memory (`iret.vit.lay_out`), eager: what `iret.load` gives
+compiled        the same through `model.compile()` (inductor)
+float32-onednn  linear layers by oneDNN, bias and GELU included (`iret.precision.to_onednn`), eager
+int8            int8 linear layers (`iret.precision.to_int8`), eager
+onnxruntime     a bundle through `iret.Session`
 int8 is also held against the full float run, because it makes every point faster, the full one too.
 
 python benchmarks/engines.py --out results/...     takes some minutes, most of them compiling; run it alone on the machine
@@ -31,15 +31,14 @@ from iret import doctor
 from iret.bench import make_point
 from iret.export.bundle import export
 from iret.measure.latency import measure_latency, pin_threads, ratio
-from iret.precision import to_int8, to_onednn
+from iret.precision import CONVERSIONS
 from iret.runtime.cost import full_macs
 from iret.runtime.points import Point
 from iret.runtime.timing import replay
 from iret.vit import lay_out
 
 RATIOS = (1.0, 1.5, 1.74, 2.5, 2.7, 4.0, 5.3, 6.0)
-CONVERSIONS = {"onednn": to_onednn, "int8": to_int8}
-ENGINES = ("plain", "laid out", "compiled", "onednn", "int8", "onnxruntime")
+ENGINES = ("plain", "laid out", "compiled", "float32-onednn", "int8", "onnxruntime")
 
 
 def make_engine(name: str, images: Tensor, points: dict[float, Point]) -> dict[float, Callable[[], object]]:

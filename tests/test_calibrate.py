@@ -354,7 +354,7 @@ def test_new_points_drop_the_clocks_of_other_machines_and_name_them():
     assert len(said) == 1  # that one is measured next
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+@pytest.mark.parametrize("precision", ["float32-onednn", "bfloat16", "int8"])
 def test_points_are_searched_in_float32_alone(precision):
     model, context = prepare(make_model(), precision)
     with (

@@ -257,10 +257,11 @@ def test_the_clock_of_another_device_is_measured_without_data(tmp_path, capsys, 
     line = ["calibrate", str(tmp_path / "m")]
     assert cli.main([*line, "--data", make_data(tmp_path / "d"), "--max-images", "5", "--trials", "1"]) == 0
     before = OperatingPoints.read(tmp_path / "m")
-    assert cli.main([*line, "--device-only", "--precision", "bfloat16"]) == 0
+    for precision in ("bfloat16", "float32-onednn"):
+        assert cli.main([*line, "--device-only", "--precision", precision]) == 0
     after = OperatingPoints.read(tmp_path / "m")
     assert after.points == before.points
-    assert [table.device.rpartition(", ")[2] for table in after.devices] == ["float32", "bfloat16"]
+    assert [table.device.rpartition(", ")[2] for table in after.devices] == ["float32", "bfloat16", "float32-onednn"]
     photo, asked = make_photo(tmp_path / "p.png"), asked_of_the_model(monkeypatch)
     assert cli.main(["predict", photo, "--model", str(tmp_path / "m"), "--ms", "1000"]) == 0
     most = max(

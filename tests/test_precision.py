@@ -168,8 +168,9 @@ def test_a_converted_model_is_neither_saved_nor_exported_nor_converted(convert, 
         converted.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot be exported; export the model that it was made from"):
         export(converted, tmp_path / "bundle")
-    with pytest.raises(ValueError, match="already; convert the one that it was made from"):
-        to_int8(converted)
+    for again in (to_int8, lambda model: prepare(model, "float32"), lambda model: prepare(model, "bfloat16")):
+        with pytest.raises(ValueError, match="already; convert the one that it was made from"):
+            again(converted)
     assert not any(tmp_path.iterdir())
 
 
@@ -184,9 +185,11 @@ def test_int8_is_refused_off_the_cpu():
         to_int8(iret.create_model("iret_pico").to("meta"))
 
 
-@pytest.mark.parametrize("other", [{"device": "meta"}, {"dtype": torch.float64}])
-def test_onednn_is_refused_off_the_cpu_and_in_other_formats(other):
-    with pytest.raises(ValueError, match="packed weights are float32 on a CPU"):
+@pytest.mark.parametrize(
+    ("other", "named"), [({"device": "meta"}, "float32 on meta"), ({"dtype": torch.float64}, "float64 on cpu")]
+)
+def test_onednn_is_refused_off_the_cpu_and_in_other_formats(other, named):
+    with pytest.raises(ValueError, match=f"packed weights are float32 on a CPU, not {named}; move the model there"):
         to_onednn(iret.create_model("iret_pico").to(**other))
 
 

@@ -255,7 +255,7 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="of the products (default %(default)s); int8 and float32-onednn, torch's faster float32, on a CPU alone",
+        help="of the products (default %(default)s); float32-onednn, which is faster on some processors, and int8 on a CPU alone",
     )
     parser.add_argument(
         "--threads", type=int, help="that torch computes with, up to the processors here (default: as it likes)"

@@ -79,7 +79,7 @@ class Classifier(
 
     @property
     def precision(self) -> str:
-        """What its products are computed in here, of `PRECISIONS`, e.g. "float32", "int8" or, under autocast, "bfloat16"."""
+        """What its products are computed in here: of `PRECISIONS`, or torch's name of another number format."""
         if self.own_precision:
             return self.own_precision
         kind = self.pos_embed.device.type

@@ -1,8 +1,8 @@
 """Number formats, and weights packed for the processor, for models that are only run.
 
 `to_onednn` keeps the weights of every block's linear layers as oneDNN wants them, and has bias and GELU done while it
-multiplies: the same numbers but for the order of sums. torch's own products in float32 are MKL's, which took twice as long on
-the AMD processor it was tried on (docs/LOG.md, 2026-11-26).
+multiplies: the same but for rounding. torch's own products in float32 are MKL's, which are slow on the AMD processor that this
+was made for (docs/LOG.md, 2026-11-26).
 
 `to_int8` keeps the weights of every block's linear layers in 8 bits, a scale per output channel, and rounds what enters a layer
 to 8 bits when it comes, with a scale per batch: a quarter of the weight bytes, which is what a small batch waits for, and
@@ -28,16 +28,12 @@ from iret.vit import lay_out
 
 
 class OneDnnLinear(nn.Module):
-    """A linear layer whose weights oneDNN has laid out for itself, in float32; `gelu`: of what it gives.
-
-    For numbers of rows that it has not seen, oneDNN first writes its code, in half a millisecond; it keeps the last 1,024.
-    """
+    """A linear layer whose weights oneDNN has laid out for itself, in float32; `gelu`: of what it gives."""
 
     def __init__(self, linear: nn.Linear, *, gelu: bool = False) -> None:
         super().__init__()
         self.packed = _pack(linear.weight.detach().float())
         self.bias = None if linear.bias is None else linear.bias.detach().float()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.then: tuple[str, list, str] = ("gelu", [], "none") if gelu else ("none", [], "")
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
@@ -46,7 +42,7 @@ class OneDnnLinear(nn.Module):
 
     def __getstate__(self) -> dict:
         """To be copied and pickled, which packed weights cannot be."""
-        return self.__dict__ | {"packed": self.packed.to_dense()}
+        return super().__getstate__() | {"packed": self.packed.to_dense()}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state | {"packed": _pack(state["packed"])})
@@ -57,13 +53,21 @@ def _pack(weight: Float[Tensor, "out in"]) -> Tensor:
 
 
 def to_onednn(model: Iret) -> Iret:
-    """A copy of `model` on CPU, in eval mode, with packed linear layers in its blocks; it can be run, not trained or saved.
+    """A copy of `model` on CPU, in eval mode, with packed linear layers in its blocks.
+
+    It can be run, outside autocast, not trained, moved, saved or compiled. For a number of rows that is new to a layer oneDNN
+    writes its code first, in about half a millisecond: an image whose counts of tokens were not seen before takes some
+    milliseconds more, which no clock contains. oneDNN keeps the last 1,024 (`ONEDNN_PRIMITIVE_CACHE_CAPACITY`).
 
     Raises:
-        ValueError: this build of torch has no oneDNN, or the model is not on a CPU in float32.
+        ValueError: this build of torch has no oneDNN, or the model is not on a CPU in float32, or converted already.
     """
-    if (model.pos_embed.device.type, model.pos_embed.dtype) != ("cpu", torch.float32):
-        raise ValueError("packed weights are float32 on a CPU; on an accelerator take float32 or bfloat16.")
+    kind, dtype = model.pos_embed.device.type, model.pos_embed.dtype
+    if (kind, dtype) != ("cpu", torch.float32):
+        raise ValueError(
+            f"packed weights are float32 on a CPU, not {str(dtype)[6:]} on {kind}; move the model there, or take float32 "
+            "or bfloat16 as it is."
+        )
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         raise ValueError("this build of torch has no oneDNN to pack weights for; take float32.")
     return _convert(model, "float32-onednn", OneDnnLinear, lambda fc1: OneDnnLinear(fc1, gelu=True))
@@ -94,7 +98,6 @@ class Int8Linear(nn.Module):
             )
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.reduce_range = adds_in_16_bits()
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
@@ -102,13 +105,13 @@ class Int8Linear(nn.Module):
 
 
 def to_int8(model: Iret) -> Iret:
-    """A copy of `model` on CPU, in eval mode, with int8 linear layers in its blocks; it can be run, not trained or saved.
+    """A copy of `model` on CPU, in eval mode, with int8 linear layers in its blocks; it can be run, not trained, moved or saved.
 
     The scale of what enters a layer is that of the whole batch, so an image's answer depends a little on its batch mates, as
     it does in no other number format; how much, a test states. At batch 1 there is nothing to depend on.
 
     Raises:
-        ValueError: this build of torch has no int8 kernels, or the model is not on a CPU.
+        ValueError: this build of torch has no int8 kernels, or the model is not on a CPU, or converted already.
     """
     if model.pos_embed.device.type != "cpu":
         raise ValueError("int8 runs on a CPU; on an accelerator take bfloat16.")
@@ -122,8 +125,7 @@ def _convert(
     model: Iret, precision: str, convert: Callable[[nn.Linear], nn.Module], and_gelu: Callable[[nn.Linear], nn.Module]
 ) -> Iret:
     """A copy whose blocks have converted linear layers, GELU included where it follows."""
-    if model.own_precision:
-        raise ValueError(f"this model is in {model.own_precision} already; convert the one that it was made from.")
+    _refuse_converted(model)
     converted = copy.deepcopy(model).eval().requires_grad_(False)
     for stage in converted.stages:
         for block in stage.blocks:
@@ -133,6 +135,11 @@ def _convert(
     return converted
 
 
+def _refuse_converted(model: Iret) -> None:
+    if model.own_precision:
+        raise ValueError(f"this model is in {model.own_precision} already; convert the one that it was made from.")
+
+
 CONVERSIONS = {"float32-onednn": to_onednn, "int8": to_int8}
 
 
@@ -140,8 +147,9 @@ def prepare(model: Iret, precision: str) -> tuple[Iret, AbstractContextManager]:
     """The model, laid out to be run, and the context to run it in for a precision of `PRECISIONS`.
 
     Raises:
-        ValueError: an unknown precision, or one that the device does not have.
+        ValueError: an unknown precision, one that the device does not have, or a model that was converted already.
     """
+    _refuse_converted(model)
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is unknown; choose from {', '.join(PRECISIONS)}.")
     if precision in CONVERSIONS:

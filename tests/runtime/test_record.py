@@ -145,3 +145,4 @@ def test_grids_of_a_graph_say_what_notes_of_the_same_run_say(drops):
     ]  # fmt: skip
     for ours, theirs in zip((*grids.grids, grids.importance()), (*record.grids, record.importance()), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+        assert ours.dtype == theirs.dtype

@@ -12,7 +12,7 @@ from PIL import Image
 
 from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum
 from iret.runtime.controller import Controller, Decision, Goal, Menu, Reading
-from iret.runtime.cost import Shape, full_macs, stage_macs
+from iret.runtime.cost import Shape, full_macs, plan_macs, stage_macs
 from iret.runtime.points import DeviceTable, OperatingPoints, Plan, Point
 from iret.runtime.preprocess import Preprocess
 from iret.runtime.record import Trace
@@ -689,6 +689,33 @@ def test_a_single_graph_has_no_importance_where_nothing_was_chosen(tmp_path):
     session = Session(tmp_path, load=load)
     assert np.isnan(session(make_images(0.0)).trace.importance).all()
     assert (session(make_images(0.0), thresholds=1.0).trace.importance == 1).all()
+
+
+def test_images_of_a_single_graph_are_each_noted_as_their_own(tmp_path):
+    """One that has no threshold beside one that has: counts, cost and pictures stay with their image."""
+    seen = []
+
+    def load(engine, path, threads):
+        def run(inputs):
+            seen.append(inputs[1].copy())
+            drops = bool(inputs[1].any())
+            kept, refined = np.ones((2, 3, 16), np.float32)
+            refined[0] = 0
+            if drops:
+                kept[1:, 4:], refined[1:, 2:] = 0, 0
+            return [np.full((1, 3), float(drops), np.float32), kept, refined, np.full((2, 16), 2.0, np.float32)]
+
+        return run
+
+    make_session(tmp_path, Pretender(), is_single=True, stages=((GraphFile("stage_0"),),))
+    out = Session(tmp_path, load=load)(make_images(0.0, 0.0), thresholds=np.array([[0.0, 0.0], [1.0, 1.0]]))
+    assert [thresholds.max() for thresholds in seen] == [0, 1]
+    assert out.logits[:, 0].tolist() == [0, 1]
+    shape = Bundle.read(tmp_path).shape
+    ways = (((16, 16, 16), (0, 16, 16), False), ((16, 4, 4), (0, 2, 2), True))
+    assert out.macs.tolist() == [plan_macs(shape, kept, refined, scored=flag) for kept, refined, flag in ways]
+    assert out.trace.kept.sum((2, 3)).T.tolist() == [list(kept) for kept, _, _ in ways]
+    assert out.trace.refined.sum((2, 3)).T.tolist() == [list(refined) for _, refined, _ in ways]
 
 
 # ---- bundles

@@ -9,7 +9,7 @@ from iret.measure.estimate import HOROWITZ, estimate_joules
 from iret.runtime import timing
 from iret.runtime.cost import Shape, block_linears, numbers_moved, plan_macs
 from iret.runtime.keep import keep, read_strengths
-from iret.runtime.points import OperatingPoints, Plan, Point
+from iret.runtime.points import PRECISIONS, OperatingPoints, Plan, Point
 from iret.runtime.timing import MAX_ROUNDS, MIN_ROUNDS, estimate_image, fit, measure_session, replay, spread
 
 # 64 patches of 4 x 4, three stages
@@ -152,6 +152,11 @@ def test_joules_are_those_of_the_counted_work():
     work, moved = plan_macs(SHAPE, *vars(PLAN).values(), scored=True), numbers_moved(SHAPE, PLAN.kept, PLAN.refined)
     assert estimate_image(SHAPE, "float32", point(1.0), PLAN) == pytest.approx(estimate_joules(work, 4 * moved))
     assert estimate_image(SHAPE, "float32", point(0.0), PLAN) < estimate_image(SHAPE, "float32", point(1.0), PLAN)
+
+
+def test_whatever_a_device_can_be_measured_in_has_an_estimate():
+    joules = {precision: estimate_image(SHAPE, precision, point(1.0), PLAN) for precision in PRECISIONS}
+    assert max(joules["int8"], joules["bfloat16"]) < joules["float32"] == joules["float32-onednn"]
 
 
 def test_int8_takes_the_blocks_products_and_weights_for_less():

@@ -54,7 +54,8 @@ def export(
     smooth blobs, which calibrate nothing. `held_out`: others, on which int8 is judged and thresholds without exits are measured.
 
     Raises:
-        ValueError: an option that the kind cannot do, a folder that is something else, a bundle that differs from the model.
+        ValueError: a converted model, an option that the kind cannot do, a folder that is something else, a bundle that differs
+            from the model.
         ImportError: the engine is missing.
     """
     _refuse(model, out, kind, single_graph, buckets)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-Graph = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+Graph = Callable[[Sequence[np.ndarray]], list[np.ndarray]]  # what it returns, no later call writes to
 # An input of a graph that is joined to others, as `join_openvino` takes it.
 Place = np.ndarray | tuple[int, ...] | None
 

@@ -120,7 +120,7 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Grids:
-    """What a graph that chooses inside did, of images that all passed every stage; answers to what a `Record` does."""
+    """What a graph that chooses inside did, of images that all passed every stage: `exits`, `macs`, `grids` as of a `Record`."""
 
     shape: Shape
     found: list[tuple[np.ndarray, ...]]  # an image: kept and refined [S, cells], 0 or 1; importance [S - 1, cells]
@@ -131,18 +131,17 @@ class Grids:
         """int [B]: the last stage, whose head answers."""
         return np.full(len(self.found), len(self.shape.depths) - 1)
 
-    def macs(self, scored: np.ndarray) -> np.ndarray:
-        """int64 [B]: multiply-accumulates spent on each image; `scored` [B]: whether its tokens were chosen."""
+    def macs(self, scored: np.ndarray | bool) -> np.ndarray:
+        """int64 [B]: multiply-accumulates spent on each image; `scored`, one for all or [B]: whether tokens were chosen."""
         counts = ([np.count_nonzero(grid, axis=1).tolist() for grid in grids] for *grids, _ in self.found)
-        spent = [
-            plan_macs(self.shape, *each, scored=bool(is_scored)) for each, is_scored in zip(counts, scored, strict=True)
-        ]
+        flags = np.broadcast_to(scored, len(self.found)).tolist()
+        spent = [plan_macs(self.shape, *each, scored=flag) for each, flag in zip(counts, flags, strict=True)]
         return np.array(spent, dtype=np.int64)
 
     @cached_property
     def grids(self) -> tuple[np.ndarray, np.ndarray]:
         """Kept and refined patches, bool [S, B, rows, columns]."""
-        kept, refined = (np.stack([each[place] for each in self.found], 1) > 0 for place in range(2))
+        kept, refined = (np.stack([each[place] for each in self.found], 1) != 0 for place in range(2))
         form = (*kept.shape[:2], *self.shape.grid)
         return kept.reshape(form), refined.reshape(form)
 
@@ -150,4 +149,4 @@ class Grids:
         """float [S - 1, B, rows, columns]: what each transition chose by; NaN where nothing was to be chosen."""
         kept = self.grids[0][:-1]
         seen = np.stack([importance for *_, importance in self.found], 1).reshape(kept.shape)
-        return np.where(kept & self.drops, seen, np.nan)
+        return np.where(kept & self.drops, seen.astype(np.float64), np.nan)
