@@ -273,6 +273,19 @@ def test_the_clock_of_another_device_is_measured_without_data(tmp_path, capsys, 
     assert "no clock was measured on this device" in capsys.readouterr().err
 
 
+def test_a_clock_joins_those_that_its_folder_has_already(tmp_path, quick):
+    """A shipped model is measured into a folder of one's own, in one precision after another."""
+    shipped, own = str(tmp_path / "shipped"), str(tmp_path / "own")
+    make_model(tmp_path / "shipped", has_points=False)
+    data = make_data(tmp_path / "d")
+    assert cli.main(["calibrate", shipped, "--data", data, "--max-images", "5", "--trials", "1"]) == 0
+    for precision in ("bfloat16", "int8"):
+        assert cli.main(["calibrate", shipped, "--device-only", "--precision", precision, "--out", own]) == 0
+    devices = OperatingPoints.read(tmp_path / "own").devices
+    assert sorted(table.device.rpartition(", ")[2] for table in devices) == ["bfloat16", "float32", "int8"]
+    assert len(OperatingPoints.read(tmp_path / "shipped").devices) == 1
+
+
 def with_clock(folder: Path) -> Iret:
     """The model of `make_model` with made-up columns of this device."""
     model = make_model(folder)

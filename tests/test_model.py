@@ -858,6 +858,7 @@ def test_the_hub_mixin_reads_a_folder_without_network(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("socket.socket", None)
     model, images = saved(tmp_path), make_images()
+    lay_out(model)
     for folder in (tmp_path, str(tmp_path)):
         again = Iret.from_pretrained(folder)
         assert not again.training
@@ -885,6 +886,7 @@ def test_a_full_disk_leaves_the_old_model_whole(tmp_path, monkeypatch):
         patch.setattr("iret.weights.os.fsync", refuse)
         with pytest.raises(OSError, match="No space left"):
             make_model(seed=1).save_pretrained(tmp_path)
+    lay_out(model)
     assert torch.equal(Iret.from_folder(tmp_path)(images), model(images))
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "points.json"]
 

@@ -175,6 +175,17 @@ def test_a_converted_model_is_neither_saved_nor_exported_nor_converted(convert, 
 
 
 @needs_onednn
+def test_a_model_for_onednn_has_no_gradients_and_one_number_format():
+    fast, images = to_onednn(make_model()), photos(2)
+    sentence = "takes float32, outside autocast, and has no gradients; use the one that it was made from"
+    with pytest.raises(ValueError, match=sentence):
+        fast(images.clone().requires_grad_())
+    with pytest.raises(ValueError, match=sentence), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        fast(images)
+    assert fast(images).isfinite().all()  # without anything to differentiate, gradients may be on
+
+
+@needs_onednn
 def test_packed_weights_are_not_compiled():
     with pytest.raises(ValueError, match="packed weights are not compiled; compile the model that it was made from"):
         to_onednn(make_model()).compile()

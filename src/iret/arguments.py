@@ -258,7 +258,9 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
         help="of the products (default %(default)s); float32-onednn, which is faster on some processors, and int8 on a CPU alone",
     )
     parser.add_argument(
-        "--threads", type=int, help="that torch computes with, up to the processors here (default: as it likes)"
+        "--threads",
+        type=int,
+        help="that torch computes with, up to the processors here (default: as it likes; bench: 1)",
     )
 
 

@@ -37,6 +37,10 @@ class OneDnnLinear(nn.Module):
         self.then: tuple[str, list, str] = ("gelu", [], "none") if gelu else ("none", [], "")
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        if x.dtype != torch.float32 or (x.requires_grad and torch.is_grad_enabled()):
+            raise ValueError(
+                "a model for oneDNN takes float32, outside autocast, and has no gradients; use the one that it was made from."
+            )
         # torch has no public name for it; its compiler's programs call it
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.then)
 
@@ -55,9 +59,10 @@ def _pack(weight: Float[Tensor, "out in"]) -> Tensor:
 def to_onednn(model: Iret) -> Iret:
     """A copy of `model` on CPU, in eval mode, with packed linear layers in its blocks.
 
-    It can be run, outside autocast, not trained, moved, saved or compiled. For a number of rows that is new to a layer oneDNN
-    writes its code first, in about half a millisecond: an image whose counts of tokens were not seen before takes some
-    milliseconds more, which no clock contains. oneDNN keeps the last 1,024 (`ONEDNN_PRIMITIVE_CACHE_CAPACITY`).
+    It can be run, in float32 outside autocast, not differentiated, trained, moved, saved or compiled. For a number of rows that
+    is new to a layer oneDNN writes its code first, in about half a millisecond: an image whose counts of tokens were not seen
+    before takes some milliseconds more, which no clock contains. oneDNN keeps the last 1,024 such codes
+    (`ONEDNN_PRIMITIVE_CACHE_CAPACITY`).
 
     Raises:
         ValueError: this build of torch has no oneDNN, or the model is not on a CPU in float32, or converted already.

@@ -177,8 +177,7 @@ class Session:
             raise ValueError(f"deadline_ms={deadline_ms} must be above 0.")
         if self.bundle.is_single and (deadline_ms is not None or exit_confidence is not None or rule != "threshold"):
             raise ValueError(
-                "a single graph runs from end to end and by the rule 'threshold' alone; export without --single-graph for "
-                "deadlines, early exits and other rules."
+                "a single graph takes no deadline_ms, exit_confidence or other rule; export without --single-graph for them."
             )
         until = np.inf if deadline_ms is None else self._clock() + deadline_ms / 1e3
         x = self._read(images)

@@ -5,6 +5,7 @@ import json
 import shlex
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 
 from iret.verbs.console import (
@@ -29,7 +30,7 @@ def do_calibrate(args: argparse.Namespace) -> int:
     from iret.clock import measure_device
     from iret.draw import draw_search
     from iret.precision import prepare
-    from iret.runtime.points import FILE_NAME
+    from iret.runtime.points import FILE_NAME, OperatingPoints
     from iret.weights import write_atomically
     from iret.zoo import load
 
@@ -47,6 +48,9 @@ def do_calibrate(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             return fail("stopped; what was measured is kept, and the same command goes on.", 130)
         table, _ = measure_device(model, points, meter, say)
+    there = OperatingPoints.read(folder)
+    if there is not None and there.points == points.points:  # it may know clocks that the model does not
+        points = reduce(OperatingPoints.with_device, there.devices, points)
     loaded.points = points.with_device(table)
     if folder.resolve() == Path(args.model).resolve():
         write_atomically(folder / FILE_NAME, loaded.points.to_json().encode())
@@ -125,7 +129,10 @@ def _print_points(points, table) -> None:
 
 
 def do_bench(args: argparse.Namespace) -> int:
+    import torch
+
     from iret.bench import bench, save
+    from iret.doctor import describe_device
     from iret.measure.latency import pin_threads
     from iret.precision import prepare
     from iret.presets import PRESETS
@@ -144,14 +151,15 @@ def do_bench(args: argparse.Namespace) -> int:
         models[name], context = prepare(fresh.eval().to(device), args.precision)
     meter = choose_meter(args)
     with pin_threads(args.threads) as pinning, context:
+        place = describe_device(torch.device(device), args.precision)
         rows, samples = bench(
             models, args.budgets, args.batch, rounds=args.rounds, seed=args.seed, meter=meter, say=say
         )
-    say(pinning.note)
+    say(f"{place}; {pinning.note}")
     if args.out:
         save(Path(args.out), shlex.join(["iret", *args.words]), rows, samples)
     if args.json:
-        print(json.dumps({"rows": [asdict(row) for row in rows]}))
+        print(json.dumps({"device": place, "rows": [asdict(row) for row in rows]}))
         return 0
     print_table(
         ("model", "batch", "budget", "of full", "ms p50", "ms p95", "images/s", "times faster", "share", "mJ/image"),
