@@ -286,6 +286,16 @@ def test_a_clock_joins_those_that_its_folder_has_already(tmp_path, quick):
     assert len(OperatingPoints.read(tmp_path / "shipped").devices) == 1
 
 
+def test_a_damaged_table_in_the_folder_of_a_clock_is_named_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    make_model(tmp_path / "m")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "points.json").write_text("{")
+    monkeypatch.setattr("iret.clock.measure_device", None)
+    assert cli.main(["calibrate", str(tmp_path / "m"), "--device-only", "--out", str(tmp_path / "own")]) == 2
+    assert str(tmp_path / "own" / "points.json") in capsys.readouterr().err
+    assert (tmp_path / "own" / "points.json").read_text() == "{"
+
+
 def with_clock(folder: Path) -> Iret:
     """The model of `make_model` with made-up columns of this device."""
     model = make_model(folder)

@@ -42,13 +42,13 @@ def do_calibrate(args: argparse.Namespace) -> int:
     meter, folder = choose_meter(args), Path(args.out or args.model)
     if args.out is None and not folder.is_dir():
         raise ValueError(f"{args.model} is no folder of yours to write {FILE_NAME} into; name a new one with --out.")
+    there = OperatingPoints.read(folder)  # before anything is measured, for it may be damaged
     with context:
         try:
             points = _find_points(args, model, folder)
         except KeyboardInterrupt:
             return fail("stopped; what was measured is kept, and the same command goes on.", 130)
         table, _ = measure_device(model, points, meter, say)
-    there = OperatingPoints.read(folder)
     if there is not None and there.points == points.points:  # it may know clocks that the model does not
         points = reduce(OperatingPoints.with_device, there.devices, points)
     loaded.points = points.with_device(table)
