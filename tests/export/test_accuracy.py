@@ -64,7 +64,7 @@ class Replay(Session):
                 logits[place] = np.roll(logits[place], 1)
                 kept[-1, place, 0, 0] = False
         trace = Trace(out.trace.stage_logits.numpy(), out.trace.exit_stage.numpy(), kept, kept, np.zeros(0))
-        return SessionOutput(logits, out.macs.numpy(), lambda: trace, 0.0, 0.0)
+        return SessionOutput(logits, out.macs.numpy, lambda: trace, 0.0, 0.0)
 
 
 def test_top_1_agreement_and_the_paired_interval_are_those_of_the_images(monkeypatch):

@@ -58,7 +58,7 @@ def make_runs(
         cells((), found_refined),
         importance.reshape(1, 1, 2, 3),
     )
-    return model, SessionOutput(logits[1] + np.float32(gap), np.array([macs]), lambda: trace, 0.0, 0.0)
+    return model, SessionOutput(logits[1] + np.float32(gap), lambda: np.array([macs]), lambda: trace, 0.0, 0.0)
 
 
 def count(parity: Parity = Parity(), **options) -> Parity:  # noqa: B008 - frozen

@@ -104,18 +104,24 @@ def test_importance_stands_where_something_was_to_be_chosen():
     assert np.isfinite(seen).sum() == 3
 
 
-def test_a_trace_is_made_when_somebody_asks_for_it_and_once():
+def test_macs_and_a_trace_are_made_when_somebody_asks_for_them_and_once():
     record, made = Record(SHAPE, 1), []
     record.add(0, Layout.whole(1, 6), None)
+
+    def count() -> np.ndarray:
+        made.append(record.macs(scored=False))
+        return made[-1]
 
     def look() -> Trace:
         made.append(Trace.of(record, np.zeros((3, 1, 2), np.float32)))
         return made[-1]
 
-    out = Output(np.zeros((1, 2), np.float32), record.macs(scored=False), look, 0.0, 0.0)
+    out = Output(np.zeros((1, 2), np.float32), count, look, 0.0, 0.0)
     assert not made
     assert out.trace is out.trace is made[0]
+    assert out.macs is out.macs is made[1]
     assert out.trace.kept.sum() == 6
+    assert out.macs.tolist() == record.macs(scored=False).tolist()
 
 
 @pytest.mark.parametrize("drops", [True, False])

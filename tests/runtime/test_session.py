@@ -1,6 +1,7 @@
 """A session with an engine that only pretends: how it groups, when it stops, what it refuses. Answers: tests/export."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iret.runtime import session as session_module
 from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum
 from iret.runtime.controller import Controller, Decision, Goal, Menu, Reading
 from iret.runtime.cost import Shape, full_macs, plan_macs, stage_macs
@@ -129,6 +131,26 @@ def test_a_trace_is_not_made_while_the_caller_waits_for_an_answer(tmp_path, monk
     assert [out.trace.kept.shape[1] for out in outs] == [1, 2]
     assert outs[0].trace is outs[0].trace
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(("engine", "times"), [("onnxruntime", 1), ("openvino", 0)])
+def test_weights_move_to_huge_pages_once_all_are_loaded_on_the_engine_that_gains(tmp_path, monkeypatch, engine, times):
+    loaded, moved = [], []
+
+    @contextmanager
+    def note():
+        yield
+        moved.append(len(loaded))
+
+    def load(*what):
+        loaded.append(what)
+        return lambda inputs: []
+
+    make_session(tmp_path, Pretender())
+    monkeypatch.setattr(session_module, "on_huge_pages", note)
+    Session(tmp_path, engine, load=load)
+    assert len(loaded) == 3
+    assert moved == [3] * times
 
 
 def test_images_of_a_batch_keep_their_own_counts_and_share_calls(tmp_path):

@@ -164,5 +164,8 @@ LOADERS: dict[str, Callable[[Path, int | None], Graph]] = {
     "executorch": _load_executorch,
 }
 
+# Engines that run small counts faster with their weights on huge pages; others gained nothing (docs/LOG.md, 2026-11-26).
+ON_HUGE_PAGES = ("onnxruntime",)
+
 # Engines on which graphs that run one after another are faster as one of fixed sizes.
 JOINERS = {"openvino": join_openvino}

@@ -37,12 +37,17 @@ class Output:
     """Answer and cost of one run, as of `Iret.run`, and where the time went."""
 
     logits: np.ndarray  # float32 [B, classes]
-    macs: np.ndarray  # int64 [B]: multiply-accumulates spent on each image
-    look: Callable[[], Trace] = field(repr=False)  # makes `trace`, when somebody asks for it
-    time_s: float  # of all of it, but for preprocessing, making a trace and, once in a session, joining its stages
+    count: Callable[[], np.ndarray] = field(repr=False)  # makes `macs`, when somebody asks for them
+    look: Callable[[], Trace] = field(repr=False)  # makes `trace`, likewise
+    time_s: float  # of all of it, but for preprocessing, making these two and, once in a session, joining its stages
     engine_s: float  # of that, inside the engine
     budget: np.ndarray | None = None  # float [B]: where the dial stood; None where thresholds were given
     decision: Decision | None = None  # of the controller, where it was asked
+
+    @cached_property
+    def macs(self) -> np.ndarray:
+        """int64 [B]: multiply-accumulates spent on each image."""
+        return self.count()
 
     @cached_property
     def trace(self) -> Trace:

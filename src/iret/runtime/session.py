@@ -11,6 +11,7 @@ Read first: `bundle`, `choice`, `stage`, `record`, `pace`. The graphs: `iret.exp
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,9 +24,10 @@ from iret.runtime.bundle import ENGINES, Bundle
 from iret.runtime.choice import Layout, choose, cut, to_importance
 from iret.runtime.controller import Decision
 from iret.runtime.cost import Shape, stage_macs
-from iret.runtime.engines import JOINERS, Graph, check_threads, load_graph
+from iret.runtime.engines import JOINERS, ON_HUGE_PAGES, Graph, check_threads, load_graph
 from iret.runtime.keep import check_rule, read_exits, read_strengths
 from iret.runtime.pace import Paces
+from iret.runtime.pages import on_huge_pages
 from iret.runtime.points import (
     DeviceTable,
     OperatingPoints,
@@ -98,10 +100,12 @@ class Session:
                 "or export the model in another format."
             )
         self.threads, self._controller, self._clock = threads, controller, clock
-        self._stages = [
-            Stage(self.bundle, index, [(graph, load(self.engine, folder / graph.file, threads)) for graph in graphs])
-            for index, graphs in enumerate(self.bundle.stages)
-        ]
+        with on_huge_pages() if self.engine in ON_HUGE_PAGES else nullcontext():
+            loaded = [
+                [(graph, load(self.engine, folder / graph.file, threads)) for graph in graphs]
+                for graphs in self.bundle.stages
+            ]
+        self._stages = [Stage(self.bundle, index, graphs) for index, graphs in enumerate(loaded)]
         self._paces, self._in_turn = Paces(len(self.shape.depths)), Lock()
         takes_any = not self.bundle.is_single and all(graphs[0].tokens is None for graphs in self.bundle.stages)
         can_join = takes_any and self.engine in JOINERS and load is load_graph
@@ -211,9 +215,9 @@ class Session:
         else:
             record, stage_logits = self._run_staged(batch, strengths, exits, until, rule)
         logits = stage_logits[record.exits, np.arange(len(x))]
-        spent = record.macs(scored=np.asarray(strengths.any((1, 2))))
+        count = partial(record.macs, scored=np.asarray(strengths.any((1, 2))))
         look = partial(Trace.of, record, stage_logits)
-        return Output(logits, spent, look, self._clock() - started, batch.engine_s, budgets)
+        return Output(logits, count, look, self._clock() - started, batch.engine_s, budgets)
 
     # ---- settings
 
