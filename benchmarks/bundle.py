@@ -1,13 +1,17 @@
-"""A bundle against static graphs on the same engine: `iret_small`, batch 1, one thread, interleaved, raw samples kept.
+"""A bundle against static graphs on the same engine: `iret_small`, batch 1, one thread, raw samples kept.
 
 static    the same model as one graph with everything kept and nothing to choose, as torch exports its blocks
 deit_s    a plain ViT of DeiT-S shape as one static graph, as torch exports it
 bundle    stage by stage through `iret.Session`: everything kept, and with thresholds at MAC ratios of 1.7, 2.7, 4 and 5.3
 single    the same through `iret.Session` from a bundle of one graph, which chooses itself (`iret export --single-graph`)
+int8      the same from an int8 bundle of stages (`iret export --int8`), on ONNX Runtime
 ceiling   one static graph of the bundle's own blocks at its counts, which scores, chooses and gathers nothing
 
-Shares are against the full run of the same bundle. `host` is the share of a run outside the engine, but for the check of its
-pixels; `between`, the share between the engine's calls. On OpenVINO the full run is one call, as the session does it.
+Every bundle and every static graph is alone in a process, as on a device; within a process budgets are interleaved, and processes
+take turns, `--processes` times, because times differ from process to process by where weights lie in memory. Figures are medians over
+processes of what is the median in each. Shares are against the full run of the same process. `host` is the share of a run outside the
+engine, but for the check of its pixels; `between`, the share between the engine's calls. On OpenVINO the full run is one call, as
+the session does it.
 
 python benchmarks/bundle.py --engines onnxruntime openvino executorch --out results/...      run it alone on the machine
 """
@@ -16,13 +20,13 @@ import argparse
 import csv
 import json
 import os
-import statistics
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
@@ -37,16 +41,14 @@ from iret.export.blocks import Blocks
 from iret.export.bundle import export
 from iret.export.graphs import FirstStage, LaterStage, patches_of
 from iret.export.targets import WRITERS
-from iret.measure.latency import measure_latency, pin_threads, ratio
 from iret.runtime.bundle import ENGINES
 from iret.runtime.cost import full_macs
-from iret.runtime.engines import load_graph
-from iret.runtime.record import Output as SessionOutput
 from iret.vit import VisionTransformer
 
 RATIOS = (1.0, 1.7, 2.7, 4.0, 5.3)
-LEAD = 3  # calls before the one that is timed: after other work a small run settles in its third call (docs/LOG.md, 2026-11-26)
 KINDS = {able[0]: kind for kind, able in ENGINES.items()}  # engine -> what it runs
+FORMS: dict[str, dict[str, Any]] = {"bundle": {}, "single": {"single_graph": True}, "int8": {"int8": True}}
+FORMS_OF = {"onnxruntime": ("bundle", "single", "int8"), "openvino": ("bundle", "single"), "executorch": ("bundle",)}
 
 
 class Static(nn.Module):
@@ -101,70 +103,71 @@ def trained_looking(model: nn.Module) -> nn.Module:
     return model
 
 
-class Calls:
-    """When calls of the engine began and ended; graphs are loaded through it."""
-
-    def __init__(self) -> None:
-        self.times: list[tuple[float, float]] = []
-
-    def load(self, engine: str, path: Path, threads: int | None) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
-        graph = load_graph(engine, path, threads)
-
-        def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-            began = time.perf_counter()
-            found = graph(inputs)
-            self.times.append((began, time.perf_counter()))
-            return found
-
-        return run
-
-    def host(self, work: Callable[[], SessionOutput]) -> tuple[float, float]:
-        """Shares of one run: outside the engine, and outside it between two calls."""
-        self.times.clear()
-        out = work()
-        gaps = sum(after - before for (_, before), (after, _) in pairwise(self.times))
-        return 1 - out.engine_s / out.time_s, gaps / out.time_s
-
-
-def make_work(engine: str, model: iret.Iret, scratch: Path, calls: Calls) -> tuple[dict, dict, dict]:
-    """What is timed on one engine, the bundle's runs with every call noted, and the MAC ratios that were met."""
+def make_jobs(engine: str, model: iret.Iret, scratch: Path) -> dict[str, dict[str, Any]]:
+    """What `alone.py` is asked on one engine, by name; its files are in `scratch`."""
     kind = KINDS[engine]
     extension, write = WRITERS[kind]
     image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    inputs = image.numpy()
-    bundles = {"bundle": scratch / kind}
-    export(model, bundles["bundle"], kind)
-    if kind != "executorch":  # there `export` refuses it: 12 times too slow
-        bundles["single"] = scratch / f"{kind}_single"
-        export(model, bundles["single"], kind, single_graph=True)
+    np.save(scratch / "image.npy", image.numpy())
+    jobs: dict[str, dict[str, Any]] = {}
     graphs = {"static": Static(model).eval(), "deit_s": trained_looking(VisionTransformer()).eval()}
-    work, met, hosted = {}, {}, {}
     with torch.no_grad():
         assert torch.allclose(graphs["static"](image), model(image), atol=1e-4)
-        thresholds = {f"{asked:g}": thresholds_for(model, image, asked) for asked in RATIOS}
-        for form, folder in bundles.items():
-            session = iret.Session(folder, engine, threads=1)
-            watched = iret.Session(folder, engine, threads=1, load=calls.load)
-            for asked, each in thresholds.items():
-                name = f"{form} {asked}"
-                work[name] = partial(session, inputs, thresholds=each)
-                hosted[name] = partial(watched, inputs, thresholds=each)
-                out = work[name]()
-                met[name] = full_macs(model.shape) / int(out.macs[0]) if each else 1.0
-                counts = out.trace.kept.sum((1, 2, 3)).tolist()
-                ceiling = graphs.setdefault(f"ceiling {asked}", Ceiling(model, counts).eval())
-                assert ceiling.counts == counts, "both bundles keep the same, or they are not to be compared"
+        settings = {f"{asked:g}": thresholds_for(model, image, asked) for asked in RATIOS}
+        for form in FORMS_OF[engine]:
+            folder, options = scratch / form, FORMS[form]
+            calibration = torch.randn(8, 3, 224, 224) if "int8" in options else None
+            export(model, folder, kind, images=calibration, **options)
+            jobs[form] = {"bundle": str(folder), "settings": settings}
+        for asked, each in settings.items():
+            kept = iret.Session(scratch / "bundle", engine)(image.numpy(), thresholds=each).trace.kept
+            graphs[f"ceiling {asked}"] = Ceiling(model, kept.sum((1, 2, 3)).tolist()).eval()
         for name, graph in graphs.items():
-            path = scratch / f"{name.replace(' ', '_')}_{kind}{extension}"
+            path = scratch / f"{name.replace(' ', '_')}{extension}"
             write(graph, (image,), None, path)
-            work[name] = partial(load_graph(engine, path, 1), [inputs])
-    return work, hosted, met
+            jobs[name] = {"graph": str(path)}
+    common = {"engine": engine, "images": str(scratch / "image.npy")}
+    return {name: common | job for name, job in jobs.items()}
+
+
+def ask(job: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("alone.py")), json.dumps(job)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def rows_of(engine: str, found: dict[str, list[dict[str, Any]]], every_mac: int) -> list[dict[str, Any]]:
+    """The table of one engine, from what every process of each name answered."""
+    ms = {
+        f"{name} {asked}".strip(): np.array([1e3 * median(each["seconds"][asked]) for each in answers])
+        for name, answers in found.items()
+        for asked in answers[0]["seconds"]
+    }  # of every process
+    rows = []
+    for name, own in ms.items():
+        form, _, asked = name.partition(" ")
+        row = {"engine": engine, "what": name, "ms": median(own), "over_static": median(own / ms["static"])}
+        if form in FORMS:
+            answers = found[form]
+            row["mac_ratio"] = every_mac / answers[0]["macs"][asked] if asked != "1" else 1.0
+            shares = ms[f"{form} 1"] / own / row["mac_ratio"]
+            row |= {"share": median(shares), "least": min(shares), "most": max(shares)}
+            if form != "int8":
+                row["ceiling_over_time"] = median(ms[f"ceiling {asked}"] / own)
+            for place, what in enumerate(("host", "between")):
+                row[what] = median(each["host"][asked][place] for each in answers)
+        elif form == "ceiling":
+            ratio = every_mac / found["bundle"][0]["macs"][asked] if asked != "1" else 1.0
+            row["share"] = median(ms["ceiling 1"] / own / ratio)
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engines", nargs="+", choices=tuple(KINDS), default=["onnxruntime"])
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -173,39 +176,46 @@ def main() -> None:
     rows, raw = [], []
     for engine in args.engines:
         with tempfile.TemporaryDirectory() as scratch:
-            calls = Calls()
-            work, hosted, met = make_work(engine, model, Path(scratch), calls)
-            with pin_threads(1):
-                samples = measure_latency(work, rounds=args.rounds, warm_up=3, lead=LEAD)
-                host = {name: [calls.host(run) for _ in range(20)] for name, run in hosted.items()}
-        for name, latency in samples.items():
-            own = met.get(name)
-            row = {"engine": engine, "what": name, "ms": latency.p50_ms, "mac_ratio": own}
-            form, _, asked = name.partition(" ")
-            row["share"] = own and ratio(samples[f"{form} 1"], latency).median / own
-            for what, shares in zip(("host", "between"), zip(*host.get(name, ()), strict=True), strict=False):
-                row[what] = statistics.median(shares)
-            ceiling = samples[f"ceiling {asked}"] if own else None
-            row["ceiling_over_time"] = ceiling and ratio(ceiling, latency).median
-            row["over_static"] = ratio(latency, samples["static"]).median
-            rows.append(row)
-            raw += [(engine, name, place, f"{s:.9f}") for place, s in enumerate(latency.samples_s)]
+            jobs = make_jobs(engine, model, Path(scratch))
+            found: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+            for turn in range(args.processes):
+                order = list(jobs) if turn % 2 == 0 else list(jobs)[::-1]
+                for name in order:
+                    found[name].append(ask(jobs[name] | {"rounds": args.rounds}))
+        rows += rows_of(engine, found, full_macs(model.shape))
+        raw += [
+            (engine, f"{name} {asked}".strip(), process, place, f"{seconds:.9f}")
+            for name, answers in found.items()
+            for process, answer in enumerate(answers)
+            for asked, samples in answer["seconds"].items()
+            for place, seconds in enumerate(samples)
+        ]
     args.out.mkdir(parents=True, exist_ok=True)
-    command = f"python benchmarks/bundle.py --engines {' '.join(args.engines)} --rounds {args.rounds}"
-    found = {"command": command, "rows": rows, "env": doctor.report()}
-    (args.out / "bundle.json").write_text(json.dumps(found, indent=1) + "\n")
+    counts = f"--processes {args.processes} --rounds {args.rounds}"
+    command = f"python benchmarks/bundle.py --engines {' '.join(args.engines)} {counts}"
+    record = {"command": command, "rows": rows, "env": doctor.report()}
+    (args.out / "bundle.json").write_text(json.dumps(record, indent=1) + "\n")
     with (args.out / "samples.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([("engine", "what", "round", "seconds"), *raw])
+        table = [("engine", "what", "process", "round", "seconds"), *raw]
+        csv.writer(file, lineterminator="\n").writerows(table)
     lines = [
         f"`{command}`: `iret_small`, batch 1, one thread, {doctor.processor_name()}; medians.",
         "",
-        "| engine | what | MAC ratio | ms | over static | share | ceiling / time | host code | between calls |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| engine | what | MAC ratio | ms | over static | share | of processes | ceiling / time | host code | between calls |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    columns = {"mac_ratio": ".2f", "ms": ".1f", "over_static": ".2f", "share": ".2f", "ceiling_over_time": ".2f"}
+    columns = {
+        "mac_ratio": ".2f",
+        "ms": ".1f",
+        "over_static": ".2f",
+        "share": ".2f",
+        "range": "",
+        "ceiling_over_time": ".2f",
+    }
     columns |= {"host": ".1%", "between": ".1%"}
     for row in rows:
-        cells = ["" if row.get(key) is None else f"{row[key]:{form}}" for key, form in columns.items()]
+        shown = row | ({"range": f"{row['least']:.2f} to {row['most']:.2f}"} if "least" in row else {})
+        cells = ["" if shown.get(key) is None else f"{shown[key]:{form}}" for key, form in columns.items()]
         lines.append(f"| {row['engine']} | {row['what']} | " + " | ".join(cells) + " |")
     (args.out / "README.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

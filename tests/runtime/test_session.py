@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iret.runtime import session as session_module
+from iret.runtime import engines
 from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum
 from iret.runtime.controller import Controller, Decision, Goal, Menu, Reading
 from iret.runtime.cost import Shape, full_macs, plan_macs, stage_macs
@@ -147,7 +147,7 @@ def test_weights_move_to_huge_pages_once_all_are_loaded_on_the_engine_that_gains
         return lambda inputs: []
 
     make_session(tmp_path, Pretender())
-    monkeypatch.setattr(session_module, "on_huge_pages", note)
+    monkeypatch.setattr(engines, "on_huge_pages", note)
     Session(tmp_path, engine, load=load)
     assert len(loaded) == 3
     assert moved == [3] * times

@@ -6,12 +6,14 @@ graph computes. An engine is imported when it is asked for, so a device needs on
 
 import importlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
+
+from iret.runtime.pages import on_huge_pages
 
 Graph = Callable[[Sequence[np.ndarray]], list[np.ndarray]]  # what it returns, no later call writes to
 # An input of a graph that is joined to others, as `join_openvino` takes it.
@@ -28,6 +30,11 @@ def load_graph(engine: str, path: Path, threads: int | None = None) -> Graph:
     if engine not in LOADERS:
         raise ValueError(f"engine={engine!r} is unknown; choose from {', '.join(LOADERS)}.")
     return LOADERS[engine](path, threads)
+
+
+def loading(engine: str) -> AbstractContextManager[None]:
+    """To load graphs of `engine` in: on ONNX Runtime their weights lie on huge pages afterwards; others gained nothing by it."""
+    return on_huge_pages() if engine == "onnxruntime" else nullcontext()
 
 
 def check_threads(threads: object) -> None:
@@ -163,9 +170,6 @@ LOADERS: dict[str, Callable[[Path, int | None], Graph]] = {
     "openvino": _load_openvino,
     "executorch": _load_executorch,
 }
-
-# Engines that run small counts faster with their weights on huge pages; others gained nothing (docs/LOG.md, 2026-11-26).
-ON_HUGE_PAGES = ("onnxruntime",)
 
 # Engines on which graphs that run one after another are faster as one of fixed sizes.
 JOINERS = {"openvino": join_openvino}

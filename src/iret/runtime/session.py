@@ -11,7 +11,6 @@ Read first: `bundle`, `choice`, `stage`, `record`, `pace`. The graphs: `iret.exp
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,10 +23,9 @@ from iret.runtime.bundle import ENGINES, Bundle
 from iret.runtime.choice import Layout, choose, cut, to_importance
 from iret.runtime.controller import Decision
 from iret.runtime.cost import Shape, stage_macs
-from iret.runtime.engines import JOINERS, ON_HUGE_PAGES, Graph, check_threads, load_graph
+from iret.runtime.engines import JOINERS, Graph, check_threads, load_graph, loading
 from iret.runtime.keep import check_rule, read_exits, read_strengths
 from iret.runtime.pace import Paces
-from iret.runtime.pages import on_huge_pages
 from iret.runtime.points import (
     DeviceTable,
     OperatingPoints,
@@ -100,7 +98,7 @@ class Session:
                 "or export the model in another format."
             )
         self.threads, self._controller, self._clock = threads, controller, clock
-        with on_huge_pages() if self.engine in ON_HUGE_PAGES else nullcontext():
+        with loading(self.engine):
             loaded = [
                 [(graph, load(self.engine, folder / graph.file, threads)) for graph in graphs]
                 for graphs in self.bundle.stages
