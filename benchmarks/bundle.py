@@ -8,10 +8,10 @@ int8      the same from an int8 bundle of stages (`iret export --int8`), on ONNX
 ceiling   one static graph of the bundle's own blocks at its counts, which scores, chooses and gathers nothing
 
 Every bundle and every static graph is alone in a process, as on a device; within a process budgets are interleaved, and processes
-take turns, `--processes` times, because times differ from process to process by where weights lie in memory. Figures are medians over
-processes of what is the median in each. Shares are against the full run of the same process. `host` is the share of a run outside the
-engine, but for the check of its pixels; `between`, the share between the engine's calls. On OpenVINO the full run is one call, as
-the session does it.
+take turns, `--processes` times, because times differ from process to process by where weights lie in memory. Figures are medians
+over processes of what is the median in each. Shares are against the full run of the same process. `host` is the share of a run
+outside the engine, but for the check of its pixels; `between`, the share between the engine's calls. On OpenVINO the full run is
+one call, as the session does it.
 
 python benchmarks/bundle.py --engines onnxruntime openvino executorch --out results/...      run it alone on the machine
 """
