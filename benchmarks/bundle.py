@@ -133,7 +133,10 @@ def make_jobs(engine: str, model: iret.Iret, scratch: Path) -> dict[str, dict[st
 def ask(job: dict[str, Any]) -> dict[str, Any]:
     """The answer of a process of its own."""
     command = [sys.executable, str(Path(__file__).with_name("alone.py")), json.dumps(job)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout)
 
 
 def rows_of(engine: str, found: dict[str, list[dict[str, Any]]], every_mac: int) -> list[dict[str, Any]]:
