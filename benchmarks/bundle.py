@@ -2,7 +2,7 @@
 
 static    the same model as one graph with everything kept and nothing to choose, as torch exports its blocks
 deit_s    a plain ViT of DeiT-S shape as one static graph, as torch exports it
-bundle    stage by stage through `iret.Session`: everything kept, and with thresholds at MAC ratios of 1.7, 2.7, 4 and 5.3
+bundle    stage by stage through `iret.Session`: everything kept, and with thresholds at MAC ratios, `--ratios`
 single    the same through `iret.Session` from a bundle of one graph, which chooses itself (`iret export --single-graph`)
 int8      the same from an int8 bundle of stages (`iret export --int8`), on ONNX Runtime
 ceiling   one static graph of the bundle's own blocks at its counts, which scores, chooses and gathers nothing
@@ -45,7 +45,7 @@ from iret.runtime.bundle import ENGINES
 from iret.runtime.cost import full_macs
 from iret.vit import VisionTransformer
 
-RATIOS = (1.0, 1.7, 2.7, 4.0, 5.3)
+RATIOS = (1.7, 2.7, 4.0, 5.3)
 KINDS = {able[0]: kind for kind, able in ENGINES.items()}  # engine -> what it runs
 FORMS: dict[str, dict[str, Any]] = {"bundle": {}, "single": {"single_graph": True}, "int8": {"int8": True}}
 FORMS_OF = {"onnxruntime": ("bundle", "single", "int8"), "openvino": ("bundle", "single"), "executorch": ("bundle",)}
@@ -103,7 +103,7 @@ def trained_looking(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_jobs(engine: str, model: iret.Iret, scratch: Path) -> dict[str, dict[str, Any]]:
+def make_jobs(engine: str, ratios: Sequence[float], model: iret.Iret, scratch: Path) -> dict[str, dict[str, Any]]:
     """What `alone.py` is asked on one engine, by name; its files are in `scratch`."""
     kind = KINDS[engine]
     extension, write = WRITERS[kind]
@@ -113,7 +113,7 @@ def make_jobs(engine: str, model: iret.Iret, scratch: Path) -> dict[str, dict[st
     graphs = {"static": Static(model).eval(), "deit_s": trained_looking(VisionTransformer()).eval()}
     with torch.no_grad():
         assert torch.allclose(graphs["static"](image), model(image), atol=1e-4)
-        settings = {f"{asked:g}": thresholds_for(model, image, asked) for asked in RATIOS}
+        settings = {f"{asked:g}": thresholds_for(model, image, asked) for asked in (1.0, *ratios)}
         for form in FORMS_OF[engine]:
             folder, options = scratch / form, FORMS[form]
             calibration = torch.randn(8, 3, 224, 224) if "int8" in options else None
@@ -169,6 +169,7 @@ def rows_of(engine: str, found: dict[str, list[dict[str, Any]]], every_mac: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engines", nargs="+", choices=tuple(KINDS), default=["onnxruntime"])
+    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS, help="of MACs, above 1")
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
@@ -179,7 +180,7 @@ def main() -> None:
     rows, raw = [], []
     for engine in args.engines:
         with tempfile.TemporaryDirectory() as scratch:
-            jobs = make_jobs(engine, model, Path(scratch))
+            jobs = make_jobs(engine, args.ratios, model, Path(scratch))
             found: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
             for turn in range(args.processes):
                 order = list(jobs) if turn % 2 == 0 else list(jobs)[::-1]
@@ -194,7 +195,7 @@ def main() -> None:
             for place, seconds in enumerate(samples)
         ]
     args.out.mkdir(parents=True, exist_ok=True)
-    counts = f"--processes {args.processes} --rounds {args.rounds}"
+    counts = f"--ratios {' '.join(f'{each:g}' for each in args.ratios)} --processes {args.processes} --rounds {args.rounds}"
     command = f"python benchmarks/bundle.py --engines {' '.join(args.engines)} {counts}"
     record = {"command": command, "rows": rows, "env": doctor.report()}
     (args.out / "bundle.json").write_text(json.dumps(record, indent=1) + "\n")
