@@ -195,7 +195,9 @@ def main() -> None:
             for place, seconds in enumerate(samples)
         ]
     args.out.mkdir(parents=True, exist_ok=True)
-    counts = f"--ratios {' '.join(f'{each:g}' for each in args.ratios)} --processes {args.processes} --rounds {args.rounds}"
+    counts = (
+        f"--ratios {' '.join(f'{each:g}' for each in args.ratios)} --processes {args.processes} --rounds {args.rounds}"
+    )
     command = f"python benchmarks/bundle.py --engines {' '.join(args.engines)} {counts}"
     record = {"command": command, "rows": rows, "env": doctor.report()}
     (args.out / "bundle.json").write_text(json.dumps(record, indent=1) + "\n")

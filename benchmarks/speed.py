@@ -70,19 +70,14 @@ def stages(model: iret.Iret, inputs: list[Tokens], is_scored: bool) -> None:
         stage(tokens, is_scored)
 
 
-def made_for(model: iret.Iret, thresholds: object, macs: int) -> OperatingPoints:
-    """A table whose cheapest point is these thresholds, as if calibrated on this image."""
+def table_of(model: iret.Iret, rungs: dict[float, int]) -> OperatingPoints:
+    """Operating points as if calibrated on this image: MACs by threshold."""
     full = full_macs(model.shape)
     points = [
         Point(thresholds=((rung, rung),) * 2, accuracy=0.0, macs_mean=mean, macs_p95=mean, kept_mean=())
-        for rung, mean in ((0.0, full), (float(thresholds), min(macs, full)))
+        for rung, mean in sorted({**rungs, 0.0: full}.items())
     ]
     return OperatingPoints(data="one image", num_images=1, full_macs=full, points=tuple(points))
-
-
-def within_budget(model: iret.Iret, images: Tensor, share: float, table: OperatingPoints) -> Tensor:
-    model.points = table
-    return model(images, budget=min(1.0, share))
 
 
 class Stopwatch:
@@ -163,16 +158,16 @@ def main() -> None:
     images = torch.randn(1, 3, 224, 224)
 
     functions: dict[str, Callable[[], object]] = {}
-    counts_of, macs_of = {}, {}
+    counts_of, macs_of, rungs = {}, {}, {}
     for ratio in RATIOS:
         thresholds = thresholds_for(model, images, ratio)
         out = model.run(images, thresholds)
         counts = out.trace.kept.sum((1, 2, 3)).tolist()
         counts_of[ratio], macs_of[ratio] = counts, int(out.macs)
-        share = macs_of[ratio] / full_macs(model.shape)
-        table = made_for(model, thresholds, macs_of[ratio])
-        functions[f"budget {ratio}"] = lambda share=share, table=table: within_budget(model, images, share, table)
-        functions[f"compiled {ratio}"] = lambda share=share, table=table: within_budget(compiled, images, share, table)
+        rungs[float(thresholds)] = macs_of[ratio]
+        share = min(1.0, macs_of[ratio] / full_macs(model.shape))
+        functions[f"budget {ratio}"] = lambda share=share: model(images, budget=share)
+        functions[f"compiled {ratio}"] = lambda share=share: compiled(images, budget=share)
         inputs = [
             pack(torch.randn(1, count + 1, dim)) for count, dim in zip(counts, model.shape.embed_dims, strict=True)
         ]
@@ -182,6 +177,7 @@ def main() -> None:
             )
         functions[f"run {ratio}"] = lambda thresholds=thresholds: model.run(images, thresholds)
         functions[f"ceiling {ratio}"] = lambda counts=counts: static_forward(model, images, counts)
+    model.points = compiled.points = table_of(model, rungs)
     every = [torch.randn(1, model.shape.num_patches + 1, dim) for dim in model.shape.embed_dims]
     functions["blocks"] = lambda: blocks_alone(model, every)
     samples = interleave(functions, args.rounds)

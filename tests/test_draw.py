@@ -40,7 +40,7 @@ def make_trace(kept: list[set[int]], refined: list[set[int]]) -> Trace:
         for stage, cells in enumerate(stages):
             grids[which, stage, sorted(cells)] = True
     kept_grid, refined_grid = grids.view(2, 3, 1, 4, 4)
-    return Trace(torch.zeros(3, 1, 2), torch.tensor([len(kept) - 1]), kept_grid, refined_grid)
+    return Trace(torch.zeros(3, 1, 2), torch.tensor([len(kept) - 1]), kept_grid, refined_grid, torch.zeros(2, 1, 4, 4))
 
 
 ALL = set(range(16))

@@ -37,7 +37,7 @@ class Typed(Iret):
         kept[1] = (torch.arange(4) < torch.tensor(SECOND_KEPT)[index, None]) & goes_on[:, None]
         kept = kept.unflatten(2, (2, 2))
         stages = goes_on.long()
-        trace = Trace(logits, stages, kept, torch.zeros_like(kept))
+        trace = Trace(logits, stages, kept, torch.zeros_like(kept), torch.zeros(1, *kept.shape[1:]))
         return Output(logits[stages, torch.arange(len(index))], torch.tensor(MACS)[index], trace)
 
 

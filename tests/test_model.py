@@ -242,6 +242,22 @@ def test_stages_only_lose_patches_and_refine_what_they_keep():
     assert (kept[1:] & ~refined[1:]).any((1, 2, 3)).all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_importance_of_a_trace_is_what_the_choice_saw(masked):
+    out = make_model().run(make_images(), ((0.7, 1.1), (0.8, 1.3)), masked=masked)
+    seen = out.trace.importance
+    assert seen.shape == (2, 4, 4, 6)
+    assert torch.equal(~seen.isnan(), out.trace.kept[:2])
+    torch.testing.assert_close(seen.nanmean((2, 3)), torch.ones(2, 4), rtol=0, atol=1e-5)
+    for transition, (keep, refine) in enumerate(((0.7, 1.1), (0.8, 1.3))):
+        assert torch.equal(seen[transition] >= keep, out.trace.kept[transition + 1])
+        assert torch.equal(seen[transition] >= refine, out.trace.refined[transition + 1])
+
+
+def test_where_nothing_is_chosen_no_importance_was_seen():
+    assert make_model().run(make_images()).trace.importance.isnan().all()
+
+
 def test_uniform_attention_keeps_the_floor_above_one_and_all_up_to_one():
     model, images = make_model(), make_images(2)
     for stage in model.stages:
@@ -608,6 +624,29 @@ def test_every_image_of_a_batch_may_have_its_own_budget(has_exits):
     budgets = torch.tensor([1.0, 0.5, 0.3, 0.5])
     alone = [model(image[None], budget=float(budget)) for image, budget in zip(images, budgets, strict=True)]
     torch.testing.assert_close(model(images, budget=budgets), torch.cat(alone), rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(model.run(images, budget=budgets).logits, torch.cat(alone), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5, 0.3])
+def test_a_run_takes_a_budget_as_a_call_does(budget):
+    model, images = make_model(), make_images()
+    points = made_up_points(model)
+    model.points = replace(points, points=(*points.points[:2], replace(points.points[2], exit_confidence=0.5)))
+    setting = model.setting(budget)
+    assert_same(model.run(images, budget=budget), model.run(images, setting.thresholds, setting.exit_confidence))
+    torch.testing.assert_close(
+        model.run(images, budget=budget).logits, model(images, budget=budget), rtol=0, atol=ROUNDING
+    )
+    stayed = model.run(images, exit_confidence=1.1, budget=budget)  # the caller's own
+    assert (stayed.trace.exit_stage == 2).all()
+
+
+@pytest.mark.parametrize("given", [{"thresholds": 0.5}, {"thresholds": 0.0}, {"rule": "topk"}])
+def test_a_budget_beside_thresholds_or_another_rule_is_refused(given):
+    model = make_model()
+    model.points = made_up_points(model)
+    with pytest.raises(ValueError, match="a budget brings its thresholds; give no others, and no other rule"):
+        model.run(make_images(), budget=0.5, **given)
 
 
 def test_the_exit_confidence_of_a_point_is_served_too():
@@ -715,6 +754,27 @@ def test_images_that_hold_no_numbers_are_refused(value):
     images[2, 1, 5, 7] = value
     with pytest.raises(ValueError, match="images hold NaN or infinite values; check how they were read"):
         make_model().run(images)
+
+
+@pytest.mark.parametrize("lifting", LIFTINGS)
+def test_no_pixel_hides_what_is_no_number(lifting):
+    """It is told by the first tokens, so every pixel must be part of one, by whatever arithmetic."""
+    model, clean = make_model(lifting=lifting, is_haar=False), make_images(1)
+    size, values = model.shape.patch_size, (float("nan"), float("inf"), -float("inf"))
+    for place, value in product(product(range(3), range(size), range(size)), values):
+        channel, row, column = place
+        images = clean.clone()
+        images[0, channel, 16 + row, 8 + column] = value
+        with pytest.raises(ValueError, match="images hold NaN or infinite values"):
+            model(images)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+def test_weights_that_are_no_numbers_are_not_blamed_on_the_images(budget):
+    model = make_model()
+    model.points = made_up_points(model)
+    model.patch_embed.bias[0] = float("nan")
+    assert model(make_images(), budget=budget).isnan().all()
 
 
 @pytest.mark.parametrize(

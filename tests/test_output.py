@@ -45,6 +45,18 @@ def test_without_a_choice_every_patch_is_kept_and_refined_but_for_the_first_stag
     assert out.macs.tolist() == [full_macs(SHAPE) + 8 * 2] * 3  # the first stage's head answered too
 
 
+def test_importance_stands_where_it_was_seen_and_is_no_number_elsewhere():
+    book, (left, _) = Record(SHAPE, 3, torch.device("cpu")), passed([1], [[0, 1, 0, 0, 0, 1]])
+    book.add(0, *EVERYONE, torch.zeros(3, 2))
+    book.see(0, left, np.array([7.0, 0.5, 1.5]))  # the class token's means nothing
+    seen = book.finish(scored=True).trace.importance
+    assert seen.dtype == torch.float32
+    assert seen.shape == (1, 3, 2, 3)
+    assert seen[0, 1, 0, 1] == 0.5
+    assert seen[0, 1, 1, 2] == 1.5
+    assert seen.isfinite().sum() == 2
+
+
 def test_images_that_left_keep_their_answer_and_the_others_get_a_later_one():
     first = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     second = torch.tensor([[7.0, 8.0], [9.0, 0.0]])

@@ -12,6 +12,7 @@ Read next: `selection`, which turns importance into kept tokens.
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -174,9 +175,17 @@ def class_row(
 ) -> Float[Tensor, "*tokens"]:
     """Attention of each image's class token over its patches: mean over heads, sums to 1 an image, 0 at class tokens."""
     if tokens.batch_size == 1 and tokens.size_T is None:  # the same in fewer steps, each of which costs at batch 1
-        logits_HQN = torch.bmm((q[0] * q.shape[-1] ** -0.5).unsqueeze(1), k[1:].permute(1, 2, 0))
-        return F.pad(logits_HQN.softmax(-1, dtype=torch.float32).mean((0, 1)), (1, 0))
+        zero = _zero.__wrapped__ if torch.compiler.is_compiling() else _zero
+        keys, scale = k[1:].permute(1, 2, 0), q.shape[-1] ** -0.5
+        logits_HQN = torch.baddbmm(zero(q.dtype, q.device), q[:1].transpose(0, 1), keys, beta=0, alpha=scale)
+        received = logits_HQN.softmax(-1, dtype=torch.float32).mean((0, 1))
+        return torch.cat([zero(torch.float32, q.device), received])
     return _over_patches(q[tokens.starts[:-1]].unsqueeze(1), k, tokens)
+
+
+@lru_cache(maxsize=16)
+def _zero(dtype: torch.dtype, device: torch.device) -> Float[Tensor, " 1"]:
+    return torch.zeros(1, dtype=dtype, device=device)
 
 
 def column_mean(

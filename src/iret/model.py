@@ -143,31 +143,33 @@ class Iret(Classifier):
             if not (isinstance(budget, (int, float)) and budget == 1):
                 raise ValueError("give one of budget, ms and joules.")
             budget = self.budget_for(ms=ms, joules=joules)
-        if isinstance(budget, Tensor):
-            if budget.shape != images.shape[:1]:
-                raise ValueError(
-                    f"budget of shape {tuple(budget.shape)} does not fit {len(images)} images; give one each."
-                )
-            settings = [self.setting(each) for each in budget.tolist()]
-            thresholds: object = np.array([setting.thresholds for setting in settings], dtype=np.float64)
-            exits = [setting.exit_confidence for setting in settings]
-            confidence: object = None
-            if any(each is not None for each in exits):
-                confidence = np.array([np.inf if each is None else each for each in exits])
-        elif budget == 1:
+        if not isinstance(budget, Tensor) and budget == 1:
             return self.stages[-1].head(self.forward_features(images)[:, 0])
-        else:
-            setting = self.setting(budget)
-            thresholds, confidence = setting.thresholds, setting.exit_confidence
+        thresholds, confidence = self._look_up(budget, len(images))
         if confidence is not None:
             return self.run(images, thresholds, confidence).logits
         self._check_images(images)
         return self.look(images, read_strengths(thresholds, len(images), len(self.transitions)))
 
+    def _look_up(self, budget: float | Tensor, batch: int) -> tuple[object, object]:
+        """Thresholds and exit confidence, as `run` takes them, for a budget or one an image."""
+        if not isinstance(budget, Tensor):
+            setting = self.setting(budget)
+            return setting.thresholds, setting.exit_confidence
+        if budget.shape != (batch,):
+            raise ValueError(f"budget of shape {tuple(budget.shape)} does not fit {batch} images; give one each.")
+        settings = [self.setting(each) for each in budget.tolist()]
+        thresholds = np.array([setting.thresholds for setting in settings], dtype=np.float64)
+        exits = [setting.exit_confidence for setting in settings]
+        if all(each is None for each in exits):
+            return thresholds, None
+        return thresholds, np.array([np.inf if each is None else each for each in exits])
+
     def forward_features(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
         """Normalised tokens of the last stage with nothing dropped, class token first."""
         self._check_images(images)
         tokens, patches = self._embed(images)
+        self._check_numbers(images, tokens.x_TD)
         layout = Layout.whole(len(images), self.shape.num_patches)
         for index, stage in enumerate(self.stages):
             if index:
@@ -178,15 +180,17 @@ class Iret(Classifier):
     def run(
         self,
         images: Float[Tensor, "B C Y X"],
-        thresholds: object = 0.0,
+        thresholds: object = None,
         exit_confidence: object = None,
         *,
+        budget: float | Tensor | None = None,
         rule: str = "threshold",
         control: str = "attention",
         masked: bool = False,
     ) -> Output:
         """Look, choose, look again; each image on its own, whatever else is in the batch.
 
+        How much to look: `thresholds`, or a `budget` as `forward` takes it; neither: everything is kept.
         `thresholds`: times uniform attention; one number for all transitions, or one entry per transition, each a number
         or (keep, refine) with refine >= keep; or a tensor [B, transitions] or [B, transitions, 2]. Other keep rules read
         them as strengths (`iret.runtime.keep`). An image leaves after the first stage whose softmax maximum reaches
@@ -195,7 +199,7 @@ class Iret(Classifier):
         well but lets nobody see them: the same answer, static sizes.
 
         Raises:
-            ValueError: images that do not fit or hold NaN, thresholds that do not fit.
+            ValueError: images that do not fit or hold NaN, thresholds that do not fit, a budget that cannot be had.
         """
         self._check_images(images)
         if not self.num_classes:
@@ -203,6 +207,12 @@ class Iret(Classifier):
                 "this model has no classes to answer with; call forward_features, or reset_classifier(N) first."
             )
         check_control(control)
+        if budget is not None:
+            if thresholds is not None or rule != "threshold":
+                raise ValueError("a budget brings its thresholds; give no others, and no other rule.")
+            thresholds, own = self._look_up(budget, len(images))
+            exit_confidence = own if exit_confidence is None else exit_confidence
+        thresholds = 0.0 if thresholds is None else thresholds
         strengths = read_strengths(_to_numpy(thresholds), len(images), len(self.transitions), rule)
         exits = read_exits(_to_numpy(exit_confidence), len(images), len(self.transitions))
         record = Record(self.shape, len(images), images.device)
@@ -224,9 +234,10 @@ class Iret(Classifier):
 
         Without a `record` no other head runs.
         """
-        tokens, patches = self._embed(images)
         layout = Layout.whole(len(images), self.shape.num_patches)
         drops, refined_T = bool(strengths.any()), None  # None: every patch that has a token
+        tokens, patches = self._embed(images)
+        self._check_numbers(images, tokens.x_TD)
         for index, stage in enumerate(self.stages):
             is_last = index == len(self.stages) - 1
             if index:
@@ -241,15 +252,18 @@ class Iret(Classifier):
             seen_T = None if received is None else received.float().cpu().numpy()
             if exits is not None:
                 confidence = answers.detach().softmax(1).amax(1).cpu().numpy()
-                goes_on = confidence < exits[layout.images, index].astype(np.float32)
+                goes_on = confidence < exits[:, index].astype(np.float32)
                 if not goes_on.any():
                     break
                 if not goes_on.all():
+                    strengths, exits = strengths[goes_on], exits[goes_on]
                     tokens, layout, rows = take_images(tokens, layout, goes_on)
                     seen_T = None if seen_T is None else seen_T[rows]
             if seen_T is not None:
                 importance_T = replace_importance(to_importance(seen_T, layout), control)
-                choice = choose(importance_T, layout, strengths[layout.images, index], rule, self.shape.min_keep)
+                if record is not None:
+                    record.see(index, layout, importance_T)
+                choice = choose(importance_T, layout, strengths[:, index], rule, self.shape.min_keep)
                 tokens, layout = select(tokens, layout, choice, masked)
                 refined_T = choice.refined_T
                 if refined_T is None and masked:
@@ -305,9 +319,13 @@ class Iret(Classifier):
             raise ValueError(
                 f"images are {images.dtype}, the model {self.pos_embed.dtype}; convert one, or use torch.autocast."
             )
+
+    def _check_numbers(self, images: Tensor, x_TD: Tensor) -> None:
+        """Raises ValueError for images that hold NaN or infinite values, by their first tokens, which every pixel is part of."""
         if torch.compiler.is_compiling():
             return  # reading a value would break the graph
-        if not math.isfinite(images.sum(dtype=torch.promote_types(images.dtype, torch.float32)).item()):
+        total = x_TD.sum(dtype=torch.promote_types(x_TD.dtype, torch.float32)).item()
+        if not math.isfinite(total) and not images.isfinite().all():  # else it is the weights
             raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")
 
     def lifting_loss(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, ""]:

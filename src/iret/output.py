@@ -17,12 +17,13 @@ from iret.runtime.record import Record as HostRecord
 
 @dataclass(frozen=True)
 class Trace:
-    """What one run looked at. A stage that an image did not reach is False in `kept` and NaN in `stage_logits`."""
+    """What one run looked at. A stage that an image did not reach is False in `kept` and NaN elsewhere."""
 
     stage_logits: Float[Tensor, "S B classes"]
     exit_stage: Int[Tensor, " B"]  # index of the stage whose head answered
     kept: Bool[Tensor, "S B Y X"]  # patches computed in each stage
     refined: Bool[Tensor, "S B Y X"]  # patches whose details were added on the way into each stage
+    importance: Float[Tensor, "S-1 B Y X"]  # "times uniform", what each choice saw; NaN elsewhere
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Record:
             answers = unanswered.index_copy(0, torch.from_numpy(layout.images).to(self.device), answers)
         self.stage_logits.append(answers)
 
+    def see(self, transition: int, layout: Layout, importance_T: np.ndarray) -> None:
+        """What `transition` chose by."""
+        self.host.see(transition, layout, importance_T)
+
     def finish(self, scored: np.ndarray | bool) -> Output:
         """`scored`, one for all or [B]: whether tokens of the image were chosen."""
         exit_stage = torch.from_numpy(self.host.exits).to(self.device)
@@ -57,6 +62,7 @@ class Record:
         else:
             logits = torch.stack(self.stage_logits)[exit_stage, torch.arange(self.host.batch, device=self.device)]
         not_run = [torch.full_like(logits, float("nan"))] * (len(self.host.shape.depths) - len(self.stage_logits))
-        kept, refined = (torch.from_numpy(grid).to(self.device) for grid in self.host.grids)
-        trace = Trace(torch.stack(self.stage_logits + not_run), exit_stage, kept, refined)
+        importance = self.host.importance().astype(np.float32)
+        grids = (torch.from_numpy(grid).to(self.device) for grid in (*self.host.grids, importance))
+        trace = Trace(torch.stack(self.stage_logits + not_run), exit_stage, *grids)
         return Output(logits, torch.from_numpy(self.host.macs(scored)).to(self.device), trace)

@@ -49,6 +49,7 @@ def make_runs(
             torch.from_numpy(here),
             torch.from_numpy(cells(every, kept)),
             torch.from_numpy(cells((), refined)),
+            torch.from_numpy(importance.reshape(1, 1, 2, 3)),
         ),
     )
     trace = SessionTrace(

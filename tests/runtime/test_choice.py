@@ -39,6 +39,32 @@ def test_an_image_goes_the_same_way_alone_and_in_a_batch(rule, seed):
         assert (left.cell_T[1:] >= 0 if read is None else read[1:]).tolist() == refined[there][1:].tolist()
 
 
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_at_the_floor_an_image_alone_keeps_what_it_keeps_in_a_batch(ties, seed):
+    draw = np.random.default_rng(seed)
+    importance, strengths = draw.uniform(0, 2, 1 + 9), np.sort(draw.uniform(1, 3, (1, 2)))
+    if ties:  # at the floor's edge, most often
+        importance = importance.round()
+    if seed % 4 == 0:
+        importance[draw.permutation(9)[:6] + 1] = -np.inf  # masked: three live, fewer than the floor
+    if seed % 5 == 0:
+        strengths[0, 1] = strengths[0, 0]
+    alone = choose(importance, Layout.whole(1, 9), strengths, "threshold", 4)
+    twice = choose(np.tile(importance, 2), Layout.whole(2, 9), strengths.repeat(2, axis=0), "threshold", 4)
+    assert np.array_equal(alone.kept_T, twice.kept_T[:10])
+    assert (alone.refined_T is None) == (twice.refined_T is None)
+    if alone.refined_T is not None:
+        assert np.array_equal(alone.refined_T, twice.refined_T[:10])
+    assert alone.kept_T[1:].sum() >= min(4, np.isfinite(importance[1:]).sum())
+
+
+@pytest.mark.parametrize("cells", [3, 4])
+def test_an_image_of_no_more_patches_than_the_floor_keeps_them_all(cells):
+    importance = np.arange(1.0 + cells)
+    assert choose(importance, Layout.whole(1, cells), np.full((1, 2), 99.0), "threshold", 4).kept_T.all()
+
+
 def test_a_cut_keeps_class_tokens_order_and_owners():
     here = Layout(np.array([-1, 1, 4, 5, -1, 0, 2]), np.array([0, 4, 7]), np.array([3, 8]))
     kept = np.array([True, False, True, True, True, True, False])

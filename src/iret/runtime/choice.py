@@ -97,9 +97,8 @@ def choose(
     """
     if layout.is_one and rule == "threshold":  # what follows, in fewer steps
         keep_at, refine_at = strengths[0].tolist()
-        kept = importance_T >= keep_at - ROUNDING_SHARE
-        kept[0] = True
-        if np.count_nonzero(kept) > min_keep:
+        kept = _keep_one(importance_T, keep_at - ROUNDING_SHARE, min_keep)
+        if kept is not None:
             if keep_at == refine_at:
                 return Choice(kept, None)
             refined = importance_T >= refine_at - ROUNDING_SHARE
@@ -113,6 +112,20 @@ def choose(
     refined = _keep(importance_T, layout, strengths[:, 1], rule, 0) | (kept & is_same.repeat(layout.counts))
     refined[layout.starts[:-1]] = False
     return Choice(kept, refined)
+
+
+def _keep_one(importance_T: np.ndarray, least: float, min_keep: int) -> np.ndarray | None:
+    """Of one image what reaches `least`, or the `min_keep` best; None where ties decide, or fewer patches live."""
+    kept = importance_T >= least
+    kept[0] = True
+    if np.count_nonzero(kept) > min_keep:
+        return kept
+    if len(kept) <= 1 + min_keep:
+        return None
+    floor = np.partition(importance_T[1:], -min_keep)[-min_keep]
+    kept = importance_T >= floor
+    kept[0] = True
+    return kept if floor > -np.inf and np.count_nonzero(kept) == 1 + min_keep else None
 
 
 def _keep(importance_T: np.ndarray, layout: Layout, strength: np.ndarray, rule: str, min_keep: int) -> np.ndarray:

@@ -104,7 +104,7 @@ class Record:
         """Kept and refined patches, bool [S, B, rows, columns], once the run is over."""
         kept, refined = np.zeros((2, len(self.shape.depths), self.batch, self.shape.num_patches), dtype=bool)
         for stage, (layout, refined_T) in enumerate(self._passed):
-            is_patch = layout.cell_T >= 0 if layout.live_T is None else (layout.cell_T >= 0) & layout.live_T
+            is_patch = _is_patch(layout)
             kept[stage, layout.image_T()[is_patch], layout.cell_T[is_patch]] = True
             if stage and refined_T is None:
                 refined[stage] = kept[stage]
@@ -118,9 +118,14 @@ class Record:
         """float [S - 1, B, rows, columns]: what each transition chose by; NaN where nothing was to be chosen."""
         grid = np.full((len(self.shape.depths) - 1, self.batch, self.shape.num_patches), np.nan)
         for transition, (layout, importance_T) in self._seen.items():
-            is_patch = layout.cell_T >= 0
+            is_patch = _is_patch(layout)
             grid[transition, layout.image_T()[is_patch], layout.cell_T[is_patch]] = importance_T[is_patch]
         return grid.reshape(*grid.shape[:2], *self.shape.grid)
+
+
+def _is_patch(layout: Layout) -> np.ndarray:
+    """bool [T]: of a patch that is alive, no class token."""
+    return layout.cell_T >= 0 if layout.live_T is None else (layout.cell_T >= 0) & layout.live_T
 
 
 @dataclass(frozen=True, eq=False)

@@ -346,16 +346,17 @@ class Session:
             if index == num_stages - 1:
                 break
             if exits is not None:
-                goes_on = _confidence(logits) < exits[layout.images, index].astype(np.float32)
+                goes_on = _confidence(logits) < exits[:, index].astype(np.float32)
                 if not goes_on.any():
                     break
                 if not goes_on.all():
+                    strengths, exits = strengths[goes_on], exits[goes_on]
                     layout, rows = layout.take(goes_on)
                     x_TD, received_T = x_TD[rows], received_T[rows]
             if drops:
                 importance_T = to_importance(received_T, layout)
                 record.see(index, layout, importance_T)
-                choice = choose(importance_T, layout, strengths[layout.images, index], rule, shape.min_keep)
+                choice = choose(importance_T, layout, strengths[:, index], rule, shape.min_keep)
                 x_TD, layout, refined_T = cut(x_TD, layout, choice)
         return record, stage_logits
 
