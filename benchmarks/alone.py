@@ -1,14 +1,15 @@
 """One bundle at several thresholds, or one static graph, alone in this process, as on a device: for `bundle.py`, which asks.
 
-    python benchmarks/alone.py '{"engine": ..., "images": "x.npy", "rounds": 8, "bundle": FOLDER, "settings": {NAME: thresholds}}'
-    python benchmarks/alone.py '{"engine": ..., "images": "x.npy", "rounds": 8, "graph": FILE}'
+    python benchmarks/alone.py JOB --out answer.json
 
-Prints JSON: seconds of every timed call by name; for a bundle also MACs, and the shares of a run outside the engine and between
-its calls.
+JOB is JSON, {"engine": ..., "images": "x.npy", "rounds": 8} with "bundle": FOLDER, "settings": {NAME: thresholds} or with
+"graph": FILE. The answer: seconds of every timed call by name; for a bundle also MACs, and the shares of a run outside the
+engine and between its calls.
 """
 
+import argparse
 import json
-import sys
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
 
@@ -75,6 +78,15 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": found, "macs": macs, "host": host}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("job", type=json.loads, help="JSON, see above in this file")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
     with pin_threads(1):
-        print(json.dumps(measure(json.loads(sys.argv[1]))))
+        answer = measure(args.job)
+    args.out.write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

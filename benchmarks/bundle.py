@@ -7,11 +7,13 @@ single    the same through `iret.Session` from a bundle of one graph, which choo
 int8      the same from an int8 bundle of stages (`iret export --int8`), on ONNX Runtime
 ceiling   one static graph of the bundle's own blocks at its counts, which scores, chooses and gathers nothing
 
-Every bundle and every static graph is alone in a process, as on a device; within a process budgets are interleaved, and processes
-take turns, `--processes` times, because times differ from process to process by where weights lie in memory. Figures are medians
-over processes of what is the median in each. Shares are against the full run of the same process. `host` is the share of a run
-outside the engine, but for the check of its pixels; `between`, the share between the engine's calls. On OpenVINO the full run is
-one call, as the session does it.
+Every bundle and every static graph is alone in a process, as on a device, and processes take turns, `--processes` times,
+because times differ from process to process by where weights lie in memory. A bundle's process interleaves its budgets; a
+static graph's runs that graph alone, which favours it a little. Figures are medians over the turns of medians in each
+process; in brackets, the least and the most turn. A bundle's shares are against the full run in the same process, a
+ceiling's against the full ceiling of the same turn, and so are ratios between processes. `host` is the share of a run
+outside the engine, but for the check of its pixels; `between`, the share between the engine's calls. On OpenVINO the full
+run is one call, as the session does it, but in these two columns, where its calls are watched.
 
 python benchmarks/bundle.py --engines onnxruntime openvino executorch --out results/...      run it alone on the machine
 """
@@ -130,40 +132,49 @@ def make_jobs(engine: str, ratios: Sequence[float], model: iret.Iret, scratch: P
     return {name: common | job for name, job in jobs.items()}
 
 
-def ask(job: dict[str, Any]) -> dict[str, Any]:
+def ask(name: str, job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """The answer of a process of its own."""
-    command = [sys.executable, str(Path(__file__).with_name("alone.py")), json.dumps(job)]
+    out = scratch / "answer.json"
+    command = [sys.executable, str(Path(__file__).with_name("alone.py")), json.dumps(job), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout)
+        raise SystemExit(f"{name}: status {done.returncode}\n{done.stderr}")
+    return json.loads(out.read_text())
 
 
 def rows_of(engine: str, found: dict[str, list[dict[str, Any]]], every_mac: int) -> list[dict[str, Any]]:
-    """The table of one engine, from what every process of each name answered."""
+    """The table of one engine, from what the processes of each name answered; what is an array has an entry a turn."""
     ms = {
         f"{name} {asked}".strip(): np.array([1e3 * median(each["seconds"][asked]) for each in answers])
         for name, answers in found.items()
         for asked in answers[0]["seconds"]
-    }  # of every process
+    }
+    spent = {form: answers[0]["macs"] for form, answers in found.items() if form in FORMS}
     rows = []
     for name, own in ms.items():
         form, _, asked = name.partition(" ")
-        row = {"engine": engine, "what": name, "ms": median(own), "over_static": median(own / ms["static"])}
+        row = {"engine": engine, "what": name, "ms": own, "over_static": own / ms["static"]}
+        if form in FORMS or form == "ceiling":
+            macs = spent["bundle" if form == "ceiling" else form][asked]
+            ratio = every_mac / macs if asked != "1" else 1.0
+            row["share"] = ms[f"{form} 1"] / own / ratio
         if form in FORMS:
-            answers = found[form]
-            row["mac_ratio"] = every_mac / answers[0]["macs"][asked] if asked != "1" else 1.0
-            shares = ms[f"{form} 1"] / own / row["mac_ratio"]
-            row |= {"share": median(shares), "least": min(shares), "most": max(shares)}
-            if form != "int8":
-                row["ceiling_over_time"] = median(ms[f"ceiling {asked}"] / own)
+            row["mac_ratio"] = ratio
+            if macs == spent["bundle"][asked]:  # the same work; int8 may decide otherwise
+                row["ceiling_over_time"] = ms[f"ceiling {asked}"] / own
+            assert form == "int8" or "ceiling_over_time" in row, f"{name} does not keep what the bundle keeps"
             for place, what in enumerate(("host", "between")):
-                row[what] = median(each["host"][asked][place] for each in answers)
-        elif form == "ceiling":
-            ratio = every_mac / found["bundle"][0]["macs"][asked] if asked != "1" else 1.0
-            row["share"] = median(ms["ceiling 1"] / own / ratio)
+                row[what] = np.array([each["host"][asked][place] for each in found[form]])
         rows.append(row)
     return rows
+
+
+def shown(value: Any, form: str, has_spread: bool) -> str:
+    """A cell of the table: the median over turns, and their least and most."""
+    if value is None or isinstance(value, float):
+        return "" if value is None else f"{value:{form}}"
+    said = f"{median(value):{form}}"
+    return f"{said} ({min(value):{form}} to {max(value):{form}})" if has_spread and min(value) < max(value) else said
 
 
 def main() -> None:
@@ -185,7 +196,7 @@ def main() -> None:
             for turn in range(args.processes):
                 order = list(jobs) if turn % 2 == 0 else list(jobs)[::-1]
                 for name in order:
-                    found[name].append(ask(jobs[name] | {"rounds": args.rounds}))
+                    found[name].append(ask(name, jobs[name] | {"rounds": args.rounds}, Path(scratch)))
         rows += rows_of(engine, found, full_macs(model.shape))
         raw += [
             (engine, f"{name} {asked}".strip(), process, place, f"{seconds:.9f}")
@@ -195,11 +206,13 @@ def main() -> None:
             for place, seconds in enumerate(samples)
         ]
     args.out.mkdir(parents=True, exist_ok=True)
-    counts = (
-        f"--ratios {' '.join(f'{each:g}' for each in args.ratios)} --processes {args.processes} --rounds {args.rounds}"
-    )
-    command = f"python benchmarks/bundle.py --engines {' '.join(args.engines)} {counts}"
-    record = {"command": command, "rows": rows, "env": doctor.report()}
+    ratios = " ".join(f"{each:g}" for each in args.ratios)
+    options = f"--ratios {ratios} --processes {args.processes} --rounds {args.rounds}"
+    command = f"python benchmarks/bundle.py --engines {' '.join(args.engines)} {options}"
+    plain = [
+        {key: each.tolist() if isinstance(each, np.ndarray) else each for key, each in row.items()} for row in rows
+    ]
+    record = {"command": command, "rows": plain, "env": doctor.report()}
     (args.out / "bundle.json").write_text(json.dumps(record, indent=1) + "\n")
     with (args.out / "samples.csv").open("w", newline="") as file:
         table = [("engine", "what", "process", "round", "seconds"), *raw]
@@ -207,21 +220,13 @@ def main() -> None:
     lines = [
         f"`{command}`: `iret_small`, batch 1, one thread, {doctor.processor_name()}; medians.",
         "",
-        "| engine | what | MAC ratio | ms | over static | share | of processes | ceiling / time | host code | between calls |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| engine | what | MAC ratio | ms | over static | share | ceiling / time | host code | between calls |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    columns = {
-        "mac_ratio": ".2f",
-        "ms": ".1f",
-        "over_static": ".2f",
-        "share": ".2f",
-        "range": "",
-        "ceiling_over_time": ".2f",
-    }
+    columns = {"mac_ratio": ".2f", "ms": ".1f", "over_static": ".2f", "share": ".2f", "ceiling_over_time": ".2f"}
     columns |= {"host": ".1%", "between": ".1%"}
     for row in rows:
-        shown = row | ({"range": f"{row['least']:.2f} to {row['most']:.2f}"} if "least" in row else {})
-        cells = ["" if shown.get(key) is None else f"{shown[key]:{form}}" for key, form in columns.items()]
+        cells = [shown(row.get(key), form, key in ("share", "ceiling_over_time")) for key, form in columns.items()]
         lines.append(f"| {row['engine']} | {row['what']} | " + " | ".join(cells) + " |")
     (args.out / "README.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

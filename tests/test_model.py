@@ -641,11 +641,18 @@ def test_a_run_takes_a_budget_as_a_call_does(budget):
     assert (stayed.trace.exit_stage == 2).all()
 
 
-@pytest.mark.parametrize("given", [{"thresholds": 0.5}, {"thresholds": 0.0}, {"rule": "topk"}])
-def test_a_budget_beside_thresholds_or_another_rule_is_refused(given):
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({"thresholds": 0.5}, "thresholds=0.5 and rule='threshold'"),
+        ({"thresholds": 0.0}, "thresholds=0.0 and rule='threshold'"),
+        ({"rule": "topk"}, "thresholds=None and rule='topk'"),
+    ],
+)
+def test_a_budget_beside_thresholds_or_another_rule_is_refused(given, seen):
     model = make_model()
     model.points = made_up_points(model)
-    with pytest.raises(ValueError, match="a budget brings its thresholds; give no others, and no other rule"):
+    with pytest.raises(ValueError, match=f"budget=0.5 brings its thresholds; leave out {seen}"):
         model.run(make_images(), budget=0.5, **given)
 
 
@@ -767,6 +774,17 @@ def test_no_pixel_hides_what_is_no_number(lifting):
         images[0, channel, 16 + row, 8 + column] = value
         with pytest.raises(ValueError, match="images hold NaN or infinite values"):
             model(images)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_an_infinite_pixel_is_seen_where_the_lifting_makes_a_number_of_it(value):
+    model, images = make_model(lifting="dawn", in_chans=1, is_haar=False), make_images(1, channels=1)
+    for name, weight in model.lifting.named_parameters():
+        if "conv2" in name:
+            weight.abs_()  # no infinity meets another of the other sign, which would make NaN
+    images[0, 0, 16 + 3, 8 + 3] = value
+    with pytest.raises(ValueError, match="images hold NaN or infinite values"):
+        model(images)
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.5])

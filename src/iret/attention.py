@@ -12,7 +12,6 @@ Read next: `selection`, which turns importance into kept tokens.
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -174,18 +173,13 @@ def class_row(
     q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens
 ) -> Float[Tensor, "*tokens"]:
     """Attention of each image's class token over its patches: mean over heads, sums to 1 an image, 0 at class tokens."""
-    if tokens.batch_size == 1 and tokens.size_T is None:  # the same in fewer steps, each of which costs at batch 1
-        zero = _zero.__wrapped__ if torch.compiler.is_compiling() else _zero
-        keys, scale = k[1:].permute(1, 2, 0), q.shape[-1] ** -0.5
-        logits_HQN = torch.baddbmm(zero(q.dtype, q.device), q[:1].transpose(0, 1), keys, beta=0, alpha=scale)
-        received = logits_HQN.softmax(-1, dtype=torch.float32).mean((0, 1))
-        return torch.cat([zero(torch.float32, q.device), received])
+    # The same in fewer steps, each of which costs at batch 1. They round differently, which would tell in half precision.
+    if tokens.batch_size == 1 and tokens.size_T is None and q.dtype == torch.float32:
+        keys, unread, scale = k[1:].permute(1, 2, 0), q[:1, :1, :1], q.shape[-1] ** -0.5
+        logits_HQN = torch.baddbmm(unread, q[:1].transpose(0, 1), keys, beta=0, alpha=scale)
+        received = logits_HQN.softmax(-1).mean((0, 1))
+        return torch.cat([received.new_zeros(1), received])
     return _over_patches(q[tokens.starts[:-1]].unsqueeze(1), k, tokens)
-
-
-@lru_cache(maxsize=16)
-def _zero(dtype: torch.dtype, device: torch.device) -> Float[Tensor, " 1"]:
-    return torch.zeros(1, dtype=dtype, device=device)
 
 
 def column_mean(

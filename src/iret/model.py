@@ -145,10 +145,10 @@ class Iret(Classifier):
             budget = self.budget_for(ms=ms, joules=joules)
         if not isinstance(budget, Tensor) and budget == 1:
             return self.stages[-1].head(self.forward_features(images)[:, 0])
+        self._check_images(images)
         thresholds, confidence = self._look_up(budget, len(images))
         if confidence is not None:
             return self.run(images, thresholds, confidence).logits
-        self._check_images(images)
         return self.look(images, read_strengths(thresholds, len(images), len(self.transitions)))
 
     def _look_up(self, budget: float | Tensor, batch: int) -> tuple[object, object]:
@@ -190,7 +190,9 @@ class Iret(Classifier):
     ) -> Output:
         """Look, choose, look again; each image on its own, whatever else is in the batch.
 
-        How much to look: `thresholds`, or a `budget` as `forward` takes it; neither: everything is kept.
+        How much to look: `thresholds`, or a `budget` as `forward` takes it, whose exit confidence an `exit_confidence` replaces;
+        without either everything is kept.
+
         `thresholds`: times uniform attention; one number for all transitions, or one entry per transition, each a number
         or (keep, refine) with refine >= keep; or a tensor [B, transitions] or [B, transitions, 2]. Other keep rules read
         them as strengths (`iret.runtime.keep`). An image leaves after the first stage whose softmax maximum reaches
@@ -209,7 +211,9 @@ class Iret(Classifier):
         check_control(control)
         if budget is not None:
             if thresholds is not None or rule != "threshold":
-                raise ValueError("a budget brings its thresholds; give no others, and no other rule.")
+                raise ValueError(
+                    f"budget={budget} brings its thresholds; leave out thresholds={thresholds!r} and rule={rule!r}."
+                )
             thresholds, own = self._look_up(budget, len(images))
             exit_confidence = own if exit_confidence is None else exit_confidence
         thresholds = 0.0 if thresholds is None else thresholds
@@ -321,10 +325,15 @@ class Iret(Classifier):
             )
 
     def _check_numbers(self, images: Tensor, x_TD: Tensor) -> None:
-        """Raises ValueError for images that hold NaN or infinite values, by their first tokens, which every pixel is part of."""
+        """Raises ValueError for images that hold NaN or infinite values.
+
+        Seen in their first tokens `x_TD`, which are fewer numbers and have a part of every pixel. Not where DAWN's tanh makes
+        numbers of infinities.
+        """
         if torch.compiler.is_compiling():
             return  # reading a value would break the graph
-        total = x_TD.sum(dtype=torch.promote_types(x_TD.dtype, torch.float32)).item()
+        seen = images if self.shape.lifting == "dawn" else x_TD
+        total = seen.sum(dtype=torch.promote_types(seen.dtype, torch.float32)).item()
         if not math.isfinite(total) and not images.isfinite().all():  # else it is the weights
             raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")
 

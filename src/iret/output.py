@@ -17,7 +17,7 @@ from iret.runtime.record import Record as HostRecord
 
 @dataclass(frozen=True)
 class Trace:
-    """What one run looked at. A stage that an image did not reach is False in `kept` and NaN elsewhere."""
+    """What one run looked at. A stage that an image did not reach is False in `kept` and `refined`, and NaN elsewhere."""
 
     stage_logits: Float[Tensor, "S B classes"]
     exit_stage: Int[Tensor, " B"]  # index of the stage whose head answered

@@ -1,6 +1,8 @@
 """Huge pages for weights: what moves, and that nothing happens where there are none."""
 
+import ctypes
 import mmap
+import platform
 import re
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from iret.runtime import pages
 from iret.runtime.pages import on_huge_pages, to_move
 
 MIB = 1 << 20
+linux_only = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system knows no huge pages")
 
 
 @pytest.fixture
@@ -51,24 +54,54 @@ def test_whole_pages_with_something_new_move(before, after, moved):
     assert to_move(before, after, 4) == moved
 
 
-def test_new_memory_is_asked_for_and_older_memory_is_not(monkeypatch, tmp_path, noted):
+HEAP = (0, 4 * MIB, b"rw-p", b"[heap]")
+NEW = (16 * MIB + 4096, 22 * MIB, b"rw-p", b"")
+
+
+def line(start: int, end: int, mode: bytes, name: bytes) -> bytes:
+    return b"%x-%x %s 00000000 00:00 0 %s\n" % (start, end, mode, name)
+
+
+def write(folder: Path, table: str, *regions: tuple, filled: float = 1.0) -> None:
+    """As the kernel would."""
+    text = b""
+    for region in regions:
+        text += line(*region)
+        if table == "smaps":
+            kib = (region[1] - region[0]) // 1024
+            text += b"Size: %d kB\nRss: %d kB\nPss: 1 kB\nVmFlags: rd wr mr mw me ac\n" % (kib, kib * filled)
+    (folder / table).write_bytes(text)
+
+
+@linux_only
+@pytest.mark.parametrize(("filled", "moves"), [(1.0, True), (0.6, True), (0.4, False), (0.0, False)])
+def test_new_memory_that_is_filled_is_asked_for_and_nothing_else(monkeypatch, tmp_path, noted, filled, moves):
     monkeypatch.setattr(pages, "SETTINGS", settings(tmp_path, "always [madvise] never\n"))
-    monkeypatch.setattr(pages, "MAPS", tmp_path / "maps")
-    old = f"{0:x}-{4 * MIB:x} rw-p 00000000 00:00 0 [heap]\n"
-    pages.MAPS.write_text(old)
+    monkeypatch.setattr(pages, "PROCESS", tmp_path)
+    write(tmp_path, "maps", HEAP)
     others = [
-        f"{32 * MIB:x}-{40 * MIB:x} r--p 00000000 00:00 0 \n",  # not to be written
-        f"{64 * MIB:x}-{72 * MIB:x} rw-s 00000000 00:00 0 /dev/zero (deleted)\n",  # shared
-        f"{96 * MIB:x}-{104 * MIB:x} rw-p 00000000 fd:00 7 /usr/lib/a library.so\n",  # a file's
-        f"{128 * MIB:x}-{136 * MIB:x} rw-p 00000000 00:00 0 [stack]\n",
+        (32 * MIB, 40 * MIB, b"r--p", b""),  # not to be written
+        (64 * MIB, 72 * MIB, b"rw-s", b"/dev/zero (deleted)"),  # shared
+        (96 * MIB, 104 * MIB, b"rw-p", b"/usr/lib/a l\xefbrary-\x85.so"),  # a file's, whatever bytes it is called by
+        (128 * MIB, 136 * MIB, b"rw-p", b"[stack]"),
     ]
     with on_huge_pages():
-        new = f"{16 * MIB + 4096:x}-{22 * MIB:x} rw-p 00000000 00:00 0 \n"
-        pages.MAPS.write_text(old + new + "".join(others))
-    assert noted == [
-        (18 * MIB, 4 * MIB, mmap.MADV_HUGEPAGE),
-        (18 * MIB, 4 * MIB, pages.MADV_COLLAPSE),
-    ]
+        write(tmp_path, "smaps", HEAP, NEW, *others, filled=filled)
+    advice = [mmap.MADV_HUGEPAGE, pages.MADV_COLLAPSE] if moves else []
+    assert noted == [(18 * MIB, 4 * MIB, each) for each in advice]
+
+
+@linux_only
+@pytest.mark.parametrize("untold", ["maps", "smaps"])
+def test_nothing_moves_where_a_process_is_not_told_of_its_memory(monkeypatch, tmp_path, noted, untold):
+    monkeypatch.setattr(pages, "SETTINGS", settings(tmp_path, "always [madvise] never\n"))
+    monkeypatch.setattr(pages, "PROCESS", tmp_path)
+    if untold != "maps":
+        write(tmp_path, "maps", HEAP)
+    with on_huge_pages():
+        if untold != "smaps":
+            write(tmp_path, "smaps", HEAP, NEW)
+    assert not noted
 
 
 # ---- where there are none
@@ -84,7 +117,7 @@ def test_nothing_happens_where_none_are_offered(monkeypatch, tmp_path, noted, ca
     if case == "not a number":
         (tmp_path / "hpage_pmd_size").write_text("")
     monkeypatch.setattr(pages, "SETTINGS", tmp_path)
-    monkeypatch.setattr(pages, "MAPS", tmp_path / "not there")
+    monkeypatch.setattr(pages, "PROCESS", tmp_path / "not there")
     with on_huge_pages():
         pass
     assert not noted
@@ -101,18 +134,22 @@ def test_what_fails_within_fails_as_without(monkeypatch, tmp_path, noted):
 
 
 @pytest.mark.skipif(not pages._page_size(), reason="this kernel offers no huge pages")
-def test_memory_taken_within_lies_on_huge_pages():
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    with mmap.mmap(-1, 8 * MIB, flags=flags) as before:
-        before[:] = bytes(8 * MIB)
-        with on_huge_pages():
-            after = mmap.mmap(-1, 32 * MIB, flags=flags)
-            after[:] = bytes(32 * MIB)
-        asked = [int(kb) for kb in re.findall(r"Rss: +(\d+) kB(?:\n(?!VmFlags)[^\n]*)*\nVmFlags:[^\n]* hg", smaps())]
-        assert max(asked, default=0) >= 30 * 1024, "the kernel was asked for them"
-        assert bytes(after[:4096]) == bytes(4096)
-        after.close()
+def test_memory_taken_and_filled_within_lies_on_huge_pages():
+    flags, page = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, pages._page_size()
+    with on_huge_pages():
+        taken = mmap.mmap(-1, 16 * page, flags=flags)
+        taken[:] = b"x" * len(taken)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(taken))
+    assert "hg" in told(address, "VmFlags").split(), "the kernel was asked"
+    if tuple(int(each) for each in re.findall(r"\d+", platform.release())[:2]) >= (6, 1):
+        assert int(told(address, "AnonHugePages").split()[0]) > 0, "and it moved some"
+    assert taken[:] == b"x" * len(taken)
 
 
-def smaps() -> str:
-    return Path("/proc/self/smaps").read_text()
+def told(address: int, what: str) -> str:
+    """Of the mapping that holds `address`."""
+    for region in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(errors="replace")):
+        low, high = (int(each, 16) for each in region.split(maxsplit=1)[0].split("-"))
+        if low <= address < high:
+            return re.search(rf"^{what}:(.*)$", region, flags=re.M)[1]
+    raise AssertionError("no such mapping")

@@ -178,6 +178,17 @@ def test_an_image_that_is_sure_leaves_and_the_others_go_on(tmp_path):
     assert out.macs[0] == stage_macs(SHAPE, 0, 16, 16, scored=True)
 
 
+def test_an_image_that_stays_keeps_its_own_thresholds_and_exits(tmp_path):
+    """The first leaves after a stage, the second keeps all, the third drops and is sure after the second stage."""
+    session = make_session(tmp_path, Pretender())
+    sure = float(np.exp(1) / (np.exp(1) + 2))
+    images, thresholds = make_images(0.3, 0.3, 0.3), np.array([[2.0, 2.0], [0.0, 0.0], [1.0, 1.0]])
+    exits = np.array([[0.0, 0.0], [1.1, 1.1], [1.1, sure - 1e-3]])
+    out = session(images, thresholds=thresholds, exit_confidence=exits)
+    assert out.trace.exit_stage.tolist() == [0, 2, 1]
+    assert out.trace.kept.sum((2, 3)).tolist() == [[16, 16, 16], [0, 16, 5], [0, 16, 0]]
+
+
 def test_a_budget_an_image_is_looked_up_in_the_bundle_s_table(tmp_path):
     session = make_session(tmp_path, Pretender())
     out = session(make_images(0.3, 0.3, 0.3), np.array([1.0, 0.7, 0.4]))

@@ -33,7 +33,7 @@ def load_graph(engine: str, path: Path, threads: int | None = None) -> Graph:
 
 
 def loading(engine: str) -> AbstractContextManager[None]:
-    """To load graphs of `engine` in: on ONNX Runtime their weights lie on huge pages afterwards; others gained nothing by it."""
+    """To load graphs of `engine` in: on ONNX Runtime their weights lie on huge pages afterwards. OpenVINO does not gain by it."""
     return on_huge_pages() if engine == "onnxruntime" else nullcontext()
 
 

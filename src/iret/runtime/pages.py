@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SETTINGS, MAPS = Path("/sys/kernel/mm/transparent_hugepage"), Path("/proc/self/maps")
+SETTINGS, PROCESS = Path("/sys/kernel/mm/transparent_hugepage"), Path("/proc/self")
 MADV_COLLAPSE = 25  # now, not some day; Linux 6.1 or later, an error without effect before. mmap does not name it yet
 
 Span = tuple[int, int]  # addresses: first, and the one behind the last
@@ -18,18 +18,19 @@ Span = tuple[int, int]  # addresses: first, and the one behind the last
 
 @contextmanager
 def on_huge_pages() -> Iterator[None]:
-    """Memory that the process takes meanwhile, in pieces of a huge page or more, lies on huge pages afterwards.
+    """Memory that the process takes and fills meanwhile, in pieces of a huge page or more, lies on huge pages afterwards.
 
     Nothing happens where there are none: on other systems, or where Linux is set to `never`. Nor where it has none left.
     """
     size = _page_size()
-    before = _taken() if size else []
+    before = _taken("maps") if size else None
     yield
-    if not size:
+    after = None if before is None else _taken("smaps")
+    if before is None or after is None:
         return
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for first, behind in to_move(before, _taken(), size):
+    for first, behind in to_move(before, after, size):
         madvise(first, behind - first, mmap.MADV_HUGEPAGE)
         madvise(first, behind - first, MADV_COLLAPSE)
 
@@ -39,6 +40,8 @@ def to_move(before: list[Span], after: list[Span], size: int) -> list[Span]:
     found = []
     for start, end in after:
         edge, last = -(-start // size) * size, end // size * size  # of its whole pages
+        if edge >= last:
+            continue
         for low, high in [*(each for each in before if start < each[1] and each[0] < end), (end, end)]:
             if start < low:
                 found.append((max(edge, start // size * size), min(last, -(-low // size) * size)))
@@ -55,12 +58,24 @@ def _page_size() -> int:
         return 0
 
 
-def _taken() -> list[Span]:
-    """Memory of this process that belongs to no file and to nobody else: its heap and what it mapped."""
-    spans = []
-    for line in MAPS.read_text().splitlines():
-        span, mode, *_, name = [*line.split(maxsplit=5), ""][:6]
-        if mode == "rw-p" and name.strip() in ("", "[heap]"):
-            low, high = (int(each, 16) for each in span.split("-"))
-            spans.append((low, high))
+def _taken(table: str) -> list[Span] | None:
+    """Memory of this process that is no file's and nobody else's: its heap and what it mapped; None where it is not told.
+
+    By `smaps` only what is filled, by half at least: stacks of threads, say, are not, and would take up what they never need.
+    """
+    try:
+        lines = (PROCESS / table).read_bytes().strip().split(b"\n")
+    except OSError:
+        return None
+    spans: list[Span] = []
+    is_taken, span = False, (0, 0)
+    for line in lines:
+        words = line.split(maxsplit=5)
+        if b"-" in words[0]:  # 7f00-7f80 rw-p 0 00:00 0 [heap]
+            low, high = (int(each, 16) for each in words[0].split(b"-"))
+            is_taken, span = words[1] == b"rw-p" and words[5:] in ([], [b"[heap]"]), (low, high)
+            if is_taken and table == "maps":
+                spans.append(span)
+        elif is_taken and words[0] == b"Rss:" and 2 * 1024 * int(words[1]) >= span[1] - span[0]:
+            spans.append(span)
     return spans

@@ -18,7 +18,7 @@ from iret.runtime.cost import Shape, macs, plan_macs
 
 @dataclass(frozen=True, eq=False)  # arrays have no one answer to ==
 class Trace:
-    """What one run looked at; a stage that an image did not reach is False in `kept` and NaN elsewhere."""
+    """What one run looked at; a stage that an image did not reach is False in `kept` and `refined`, and NaN elsewhere."""
 
     stage_logits: np.ndarray  # float32 [S, B, classes]
     exit_stage: np.ndarray  # int [B]: index of the stage whose head answered
