@@ -89,7 +89,7 @@ def main() -> None:
             for what, column in (
                 ("import of iret.Session", "import_s"),
                 ("import and load", "ready_s"),
-                ("of it on the processor", "ready_cpu_s"),
+                ("processor seconds of that, all threads", "ready_cpu_s"),
                 ("the first answer after that", "answer_s"),
                 ("the whole process, interpreter included", "process_s"),
             )

@@ -254,8 +254,30 @@ def test_the_importance_of_a_trace_is_what_the_choice_saw(masked):
         assert torch.equal(seen[transition] >= refine, out.trace.refined[transition + 1])
 
 
-def test_where_nothing_is_chosen_no_importance_was_seen():
-    assert make_model().run(make_images()).trace.importance.isnan().all()
+def test_where_nothing_is_chosen_no_importance_was_seen_whoever_else_is_in_the_batch():
+    model, images = make_model(), make_images(2)
+    assert model.run(images).trace.importance.isnan().all()
+    seen = model.run(images, torch.tensor([[0.0, 0.0], [0.9, 0.9]])).trace.importance
+    assert seen[:, 0].isnan().all()
+    assert not seen[0, 1].isnan().any()
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("budget", ["0.5", [0.5], [0.5, 0.5, 0.5, 0.5], None])
+def test_a_budget_that_is_no_number_is_refused(budget):
+    model = make_model()
+    model.points = made_up_points(model)
+    with pytest.raises(ValueError, match=r"budget=.* must be one number, or a tensor of one an image"):
+        model(make_images(), budget=budget)
+
+
+@pytest.mark.graph
+def test_images_that_are_no_tensor_are_refused():
+    for call in (make_model(), make_model().run, make_model().forward_features):
+        with pytest.raises(
+            ValueError, match="images are a ndarray, not a tensor; model.preprocess makes one of photos"
+        ):
+            call(make_images().numpy())
 
 
 def test_uniform_attention_keeps_the_floor_above_one_and_all_up_to_one():

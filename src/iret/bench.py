@@ -1,7 +1,8 @@
 """Time and energy of models against their budget on this machine: interleaved, raw samples kept.
 
 A row is one model at one budget and batch size. Its work is a replay of what held-out images did at the operating point next
-to that budget (`Iret.replay`), so a batch holds as many different token counts as real images have. A model without operating
+to that budget (`Iret.replay`), so a batch holds as many different token counts as real images have. Of these images so many
+are taken as the rounds need, spread evenly from the cheapest to the dearest, and dealt at random. A model without operating
 points drops the same share of patches at every transition in every image, as many as the budget asks.
 """
 
@@ -11,7 +12,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,6 @@ from iret.runtime.cost import full_macs, plan_macs
 from iret.runtime.points import Plan, Point, check_budget
 from iret.weights import write_atomically
 
-NUM_DRAWS = 8  # different batches of plans that the rounds cycle through
 LEAD = 1  # untimed calls before each timed one, of the same batch of plans
 
 Key = tuple[str, int, float]  # model, batch size, budget
@@ -42,8 +42,8 @@ class Row:
     macs_share: float  # of the full model's, mean over the images timed
     ms_p50: float  # of the whole batch
     ms_p95: float
-    images_per_s: float  # at the median
-    speedup: float  # median over rounds of the full run's time to this one's
+    images_per_s: float  # in the mean of all rounds, each of other images
+    speedup: float  # the full run's time to this one's, likewise
     share: float
     joules: float  # an image, net of `idle_watts`
     idle_watts: float  # of the machine at rest, taken off the joules; 0 where they are estimated
@@ -100,7 +100,7 @@ def _uniform(model: Iret, share: float) -> Point:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One model at one budget and batch size; every round replays the next batch of plans, `macs_share` is of those timed."""
+    """One model at one budget and batch size; every round replays a batch of plans of its own, `macs_share` is of those timed."""
 
     model: Iret
     images: torch.Tensor
@@ -111,17 +111,22 @@ class _Candidate:
 
     @classmethod
     def draw(
-        cls, model: Iret, images: torch.Tensor, budget: float, timed: range, generator: random.Random
+        cls, model: Iret, images: torch.Tensor, budget: float, warm_up: int, rounds: int, generator: random.Random
     ) -> "_Candidate":
-        """`timed`: the numbers of the rounds that are timed."""
         point = _uniform(model, 1.0) if budget == 1 else make_point(model, budget)
-        drawn = [generator.choices(point.plans, k=len(images)) for _ in range(NUM_DRAWS)]
-        plans = [plan for round_ in timed for plan in drawn[round_ % NUM_DRAWS]]
-        scored = bool(np.any(point.thresholds))
-        macs = np.mean([plan_macs(model.shape, plan.kept, plan.refined, scored=scored) for plan in plans])
+        scored, size = bool(np.any(point.thresholds)), len(images)
+
+        def macs_of(plan: Plan) -> float:
+            return float(plan_macs(model.shape, plan.kept, plan.refined, scored=scored))
+
+        ranked, wanted = sorted(point.plans, key=macs_of), rounds * size
+        plans = [ranked[int((place + 0.5) * len(ranked) / wanted)] for place in range(wanted)]
+        generator.shuffle(plans)
+        share = 1.0 if budget == 1 else float(np.mean([macs_of(plan) for plan in plans])) / full_macs(model.shape)
         joules = np.mean([estimate_image(model, point, plan) for plan in plans])
-        share = 1.0 if budget == 1 else float(macs) / full_macs(model.shape)
-        calls = cycle([batch for batch in drawn for _ in range(LEAD + 1)])
+        dealt = [plans[start : start + size] for start in range(0, wanted, size)]
+        first = [dealt[round_ % rounds] for round_ in range(warm_up)]
+        calls = chain.from_iterable([batch] * (LEAD + 1) for batch in chain(first, cycle(dealt)))
         return cls(model, images, point, calls, share, float(joules))
 
     def __call__(self) -> object:
@@ -150,14 +155,14 @@ def bench(
     Raises:
         ValueError: a budget that a model cannot serve.
     """
-    generator, timed = random.Random(seed), range(warm_up, warm_up + rounds)
+    generator = random.Random(seed)
     work: dict[Key, _Candidate] = {}
     for name, model in models.items():
         model.eval()
         for batch in batches:
             images = torch.randn(batch, model.shape.in_chans, *model.shape.img_size, device=model.pos_embed.device)
             for budget in dict.fromkeys((1.0, *budgets)):
-                work[name, batch, budget] = _Candidate.draw(model, images, budget, timed, generator)
+                work[name, batch, budget] = _Candidate.draw(model, images, budget, warm_up, rounds, generator)
     say(f"{len(work)} candidates, {warm_up} + {rounds} rounds, each timed call after an untimed one")
     if meter is not None:
         announce(meter, len(work), say)
@@ -169,7 +174,7 @@ def bench(
     rows = []
     for (key, latency), energy_j in zip(samples.items(), joules, strict=True):
         name, batch, budget = key
-        speedup = float(np.median(samples[name, batch, 1.0].samples_s / latency.samples_s))
+        speedup = float(samples[name, batch, 1.0].samples_s.mean() / latency.samples_s.mean())
         source = meter if meter is not None and measured else estimate_meter(models[name])
         rows.append(
             Row(
@@ -179,7 +184,7 @@ def bench(
                 macs_share=work[key].macs_share,
                 ms_p50=latency.p50_ms,
                 ms_p95=latency.p95_ms,
-                images_per_s=1e3 * batch / latency.p50_ms,
+                images_per_s=float(batch / latency.samples_s.mean()),
                 speedup=speedup,
                 share=speedup * work[key].macs_share,
                 joules=energy_j,

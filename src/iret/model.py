@@ -147,14 +147,25 @@ class Iret(Classifier):
             return self.stages[-1].head(self.forward_features(images)[:, 0])
         self._check_images(images)
         thresholds, confidence = self._look_up(budget, len(images))
-        if confidence is not None:
-            return self.run(images, thresholds, confidence).logits
-        return self.look(images, read_strengths(thresholds, len(images), len(self.transitions)))
+        strengths = read_strengths(thresholds, len(images), len(self.transitions))
+        return self._answer(images, strengths, read_exits(confidence, len(images), len(self.transitions)))
+
+    def _answer(
+        self, images: Tensor, strengths: np.ndarray, exits: np.ndarray | None, rule: str = "threshold"
+    ) -> Tensor:
+        """The logits alone of what `run` describes."""
+        if exits is None:
+            return self.look(images, strengths, rule=rule)
+        record = Record(self.shape, len(images), images.device)
+        self.look(images, strengths, record, exits, rule=rule)
+        return record.answer()
 
     def _look_up(self, budget: float | Tensor, batch: int) -> tuple[object, object]:
         """Thresholds and exit confidence, as `run` takes them, for a budget or one an image."""
         if not isinstance(budget, Tensor):
-            setting = self.setting(budget)
+            if not isinstance(budget, (int, float, np.number)):
+                raise ValueError(f"budget={budget!r} must be one number, or a tensor of one an image.")
+            setting = self.setting(float(budget))
             return setting.thresholds, setting.exit_confidence
         if budget.shape != (batch,):
             raise ValueError(f"budget of shape {tuple(budget.shape)} does not fit {batch} images; give one each.")
@@ -266,7 +277,7 @@ class Iret(Classifier):
             if seen_T is not None:
                 importance_T = replace_importance(to_importance(seen_T, layout), control)
                 if record is not None:
-                    record.see(index, layout, importance_T)
+                    record.see(index, layout, importance_T, np.asarray(strengths.any((1, 2))))
                 choice = choose(importance_T, layout, strengths[:, index], rule, self.shape.min_keep)
                 tokens, layout = select(tokens, layout, choice, masked)
                 refined_T = choice.refined_T
@@ -281,7 +292,7 @@ class Iret(Classifier):
         strengths, exits = strengths_of(plans, len(self.transitions), point)
         if point.exit_confidence is None:
             return self.look(images, strengths, rule="topk")
-        return self.run(images, strengths, exits, rule="topk").logits
+        return self._answer(images, strengths, exits, rule="topk")
 
     def _patches(self, images: Tensor) -> Tensor:
         """[B * cells, C, P, P], image after image."""
@@ -313,6 +324,10 @@ class Iret(Classifier):
         return self.transitions[stage - 1](tokens, details, torch.from_numpy(rows).to(patches.device))
 
     def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"images are a {type(images).__name__}, not a tensor; model.preprocess makes one of photos."
+            )
         wanted = (self.shape.in_chans, *self.shape.img_size)
         if images.dim() != 4 or not len(images) or tuple(images.shape[1:]) != wanted or not images.is_floating_point():
             raise ValueError(

@@ -50,17 +50,20 @@ class Record:
             answers = unanswered.index_copy(0, torch.from_numpy(layout.images).to(self.device), answers)
         self.stage_logits.append(answers)
 
-    def see(self, transition: int, layout: Layout, importance_T: np.ndarray) -> None:
-        """What `transition` chose by."""
-        self.host.see(transition, layout, importance_T)
+    def see(self, transition: int, layout: Layout, importance_T: np.ndarray, chosen: np.ndarray) -> None:
+        """What `transition` chose by; see `iret.runtime.record`."""
+        self.host.see(transition, layout, importance_T, chosen)
+
+    def answer(self) -> Float[Tensor, "B classes"]:
+        """What the last head said that each image passed."""
+        if self.host.exit_stage is None:
+            return self.stage_logits[-1]
+        exit_stage = torch.from_numpy(self.host.exits).to(self.device)
+        return torch.stack(self.stage_logits)[exit_stage, torch.arange(self.host.batch, device=self.device)]
 
     def finish(self, scored: np.ndarray | bool) -> Output:
         """`scored`, one for all or [B]: whether tokens of the image were chosen."""
-        exit_stage = torch.from_numpy(self.host.exits).to(self.device)
-        if self.host.exit_stage is None:
-            logits = self.stage_logits[-1]
-        else:
-            logits = torch.stack(self.stage_logits)[exit_stage, torch.arange(self.host.batch, device=self.device)]
+        logits, exit_stage = self.answer(), torch.from_numpy(self.host.exits).to(self.device)
         not_run = [torch.full_like(logits, float("nan"))] * (len(self.host.shape.depths) - len(self.stage_logits))
         importance = self.host.importance().astype(np.float32)
         grids = (torch.from_numpy(grid).to(self.device) for grid in (*self.host.grids, importance))

@@ -187,6 +187,8 @@ def test_an_image_that_stays_keeps_its_own_thresholds_and_exits(tmp_path):
     out = session(images, thresholds=thresholds, exit_confidence=exits)
     assert out.trace.exit_stage.tolist() == [0, 2, 1]
     assert out.trace.kept.sum((2, 3)).tolist() == [[16, 16, 16], [0, 16, 5], [0, 16, 0]]
+    assert np.isnan(out.trace.importance[:, 1]).all(), "it has no threshold, so nothing was chosen"
+    assert np.isfinite(out.trace.importance[0, 2]).all()
 
 
 def test_a_budget_an_image_is_looked_up_in_the_bundle_s_table(tmp_path):

@@ -62,7 +62,9 @@ class Record:
         self.shape, self.batch = shape, batch
         self.exit_stage: np.ndarray | None = None  # int [B]; None: all images passed the same stages
         self._passed: list[tuple[Layout, np.ndarray | None]] = []  # of each stage
-        self._seen: dict[int, tuple[Layout, np.ndarray]] = {}  # importance by the transition that chose by it
+        self._seen: dict[
+            int, tuple[Layout, np.ndarray, np.ndarray]
+        ] = {}  # importance by the transition that chose by it
 
     def add(self, stage: int, layout: Layout, refined_T: np.ndarray | None) -> None:
         """The images of `layout` passed `stage`, the next one, on its live patches.
@@ -76,9 +78,9 @@ class Record:
                 self.exit_stage = np.full(self.batch, stage - 1)
             self.exit_stage[layout.images] = stage
 
-    def see(self, transition: int, layout: Layout, importance_T: np.ndarray) -> None:
-        """What `transition` chose by."""
-        self._seen[transition] = layout, importance_T
+    def see(self, transition: int, layout: Layout, importance_T: np.ndarray, chosen: np.ndarray) -> None:
+        """What `transition` chose by; `chosen`, bool, an entry an image of `layout`: whether any threshold is its own."""
+        self._seen[transition] = layout, importance_T, chosen
 
     @property
     def exits(self) -> np.ndarray:
@@ -117,8 +119,8 @@ class Record:
     def importance(self) -> np.ndarray:
         """float [S - 1, B, rows, columns]: what each transition chose by; NaN where nothing was to be chosen."""
         grid = np.full((len(self.shape.depths) - 1, self.batch, self.shape.num_patches), np.nan)
-        for transition, (layout, importance_T) in self._seen.items():
-            is_patch = _is_patch(layout)
+        for transition, (layout, importance_T, chosen) in self._seen.items():
+            is_patch = _is_patch(layout) & chosen.repeat(layout.counts)
             grid[transition, layout.image_T()[is_patch], layout.cell_T[is_patch]] = importance_T[is_patch]
         return grid.reshape(*grid.shape[:2], *self.shape.grid)
 
@@ -134,7 +136,7 @@ class Grids:
 
     shape: Shape
     found: list[tuple[np.ndarray, ...]]  # an image: kept and refined [S, cells], 0 or 1; importance [S - 1, cells]
-    drops: bool  # whether there was anything to choose
+    chosen: np.ndarray  # bool, an entry an image: whether there was anything to choose
 
     @property
     def exits(self) -> np.ndarray:
@@ -159,4 +161,4 @@ class Grids:
         """float [S - 1, B, rows, columns]: what each transition chose by; NaN where nothing was to be chosen."""
         kept = self.grids[0][:-1]
         seen = np.stack([importance for *_, importance in self.found], 1).reshape(kept.shape)
-        return np.where(kept & self.drops, seen.astype(np.float64), np.nan)
+        return np.where(kept & self.chosen[:, None, None], seen.astype(np.float64), np.nan)

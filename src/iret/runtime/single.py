@@ -13,7 +13,7 @@ from iret.runtime.stage import Batch, Stage
 def run_single(stage: Stage, images: Batch, shape: Shape, strengths: np.ndarray) -> tuple[Grids, np.ndarray]:
     """What was looked at, and logits [S, B, classes] (NaN but for the last head).
 
-    As in a run of stages, no importance is noted where no image has a threshold: nothing was chosen.
+    As in a run of stages, no importance is noted of an image that has no threshold: nothing was chosen.
     """
     stage_logits = np.full((len(shape.depths), len(images.images), shape.num_classes), np.nan, np.float32)
     found = []
@@ -21,4 +21,4 @@ def run_single(stage: Stage, images: Batch, shape: Shape, strengths: np.ndarray)
         logits, *grids = stage.call(images, [images.images[row, None], thresholds])
         stage_logits[-1, row] = logits[0]
         found.append(tuple(grids))
-    return Grids(shape, found, bool(strengths.any())), stage_logits
+    return Grids(shape, found, np.asarray(strengths.any((1, 2)))), stage_logits
