@@ -48,7 +48,7 @@ def test_without_a_choice_every_patch_is_kept_and_refined_but_for_the_first_stag
 def test_importance_stands_where_it_was_seen_and_is_no_number_elsewhere():
     book, (left, _) = Record(SHAPE, 3, torch.device("cpu")), passed([1], [[0, 1, 0, 0, 0, 1]])
     book.add(0, *EVERYONE, torch.zeros(3, 2))
-    book.see(0, left, np.array([7.0, 0.5, 1.5]), np.array([True]))  # the class token's means nothing
+    book.see(0, left, np.array([7.0, 0.5, 1.5]), np.ones((1, 1, 2)))  # the class token's means nothing
     seen = book.finish(scored=True).trace.importance
     assert seen.dtype == torch.float32
     assert seen.shape == (1, 3, 2, 3)

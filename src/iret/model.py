@@ -277,7 +277,7 @@ class Iret(Classifier):
             if seen_T is not None:
                 importance_T = replace_importance(to_importance(seen_T, layout), control)
                 if record is not None:
-                    record.see(index, layout, importance_T, np.asarray(strengths.any((1, 2))))
+                    record.see(index, layout, importance_T, strengths)
                 choice = choose(importance_T, layout, strengths[:, index], rule, self.shape.min_keep)
                 tokens, layout = select(tokens, layout, choice, masked)
                 refined_T = choice.refined_T

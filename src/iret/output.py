@@ -50,9 +50,9 @@ class Record:
             answers = unanswered.index_copy(0, torch.from_numpy(layout.images).to(self.device), answers)
         self.stage_logits.append(answers)
 
-    def see(self, transition: int, layout: Layout, importance_T: np.ndarray, chosen: np.ndarray) -> None:
+    def see(self, transition: int, layout: Layout, importance_T: np.ndarray, strengths: np.ndarray) -> None:
         """What `transition` chose by; see `iret.runtime.record`."""
-        self.host.see(transition, layout, importance_T, chosen)
+        self.host.see(transition, layout, importance_T, strengths)
 
     def answer(self) -> Float[Tensor, "B classes"]:
         """What the last head said that each image passed."""

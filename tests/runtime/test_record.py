@@ -94,7 +94,7 @@ def test_importance_stands_where_something_was_to_be_chosen():
     for stage in range(2):
         record.add(stage, Layout.whole(2, 6), None)
     some = layout([0, 1], [0, 5], [2])
-    record.see(1, some, np.array([9.0, 0.5, 1.5, 9.0, 1.0]), np.array([True, True]))
+    record.see(1, some, np.array([9.0, 0.5, 1.5, 9.0, 1.0]), np.ones((2, 2, 2)))
     seen = record.importance()
     assert seen.shape == (2, 2, 2, 3)
     assert np.isnan(seen[0]).all()
@@ -142,8 +142,8 @@ def test_grids_of_a_graph_say_what_notes_of_the_same_run_say(drops):
     last = layout([0, 1], [2], range(6))
     record.add(2, last, np.array([False, False, False, *[True] * 6]))
     if drops:
-        record.see(0, Layout.whole(2, 6), np.array([0, *range(6), 0, *range(12, 18)], float), np.array([True, True]))
-        record.see(1, middle, np.array([0, 6, 8, 11, 0, *range(18, 24)], float), np.array([True, True]))
+        record.see(0, Layout.whole(2, 6), np.array([0, *range(6), 0, *range(12, 18)], float), np.ones((2, 2, 2)))
+        record.see(1, middle, np.array([0, 6, 8, 11, 0, *range(18, 24)], float), np.ones((2, 2, 2)))
 
     assert grids.exits.tolist() == record.exits.tolist()
     assert grids.macs(np.array([True, False])).tolist() == [

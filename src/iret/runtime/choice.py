@@ -125,7 +125,7 @@ def _keep_one(importance_T: np.ndarray, least: float, min_keep: int) -> np.ndarr
     floor = np.partition(importance_T[1:], -min_keep)[-min_keep]
     kept = importance_T >= floor
     kept[0] = True
-    return kept if floor > -np.inf and np.count_nonzero(kept) == 1 + min_keep else None
+    return kept if np.count_nonzero(kept) == 1 + min_keep else None
 
 
 def _keep(importance_T: np.ndarray, layout: Layout, strength: np.ndarray, rule: str, min_keep: int) -> np.ndarray:

@@ -62,9 +62,8 @@ class Record:
         self.shape, self.batch = shape, batch
         self.exit_stage: np.ndarray | None = None  # int [B]; None: all images passed the same stages
         self._passed: list[tuple[Layout, np.ndarray | None]] = []  # of each stage
-        self._seen: dict[
-            int, tuple[Layout, np.ndarray, np.ndarray]
-        ] = {}  # importance by the transition that chose by it
+        # importance and strengths by the transition that chose by them
+        self._seen: dict[int, tuple[Layout, np.ndarray, np.ndarray]] = {}
 
     def add(self, stage: int, layout: Layout, refined_T: np.ndarray | None) -> None:
         """The images of `layout` passed `stage`, the next one, on its live patches.
@@ -78,9 +77,9 @@ class Record:
                 self.exit_stage = np.full(self.batch, stage - 1)
             self.exit_stage[layout.images] = stage
 
-    def see(self, transition: int, layout: Layout, importance_T: np.ndarray, chosen: np.ndarray) -> None:
-        """What `transition` chose by; `chosen`, bool, an entry an image of `layout`: whether any threshold is its own."""
-        self._seen[transition] = layout, importance_T, chosen
+    def see(self, transition: int, layout: Layout, importance_T: np.ndarray, strengths: np.ndarray) -> None:
+        """What `transition` chose by. `strengths` [n, transitions, 2] of the images of `layout`: all 0, and nothing was chosen."""
+        self._seen[transition] = layout, importance_T, strengths
 
     @property
     def exits(self) -> np.ndarray:
@@ -119,8 +118,8 @@ class Record:
     def importance(self) -> np.ndarray:
         """float [S - 1, B, rows, columns]: what each transition chose by; NaN where nothing was to be chosen."""
         grid = np.full((len(self.shape.depths) - 1, self.batch, self.shape.num_patches), np.nan)
-        for transition, (layout, importance_T, chosen) in self._seen.items():
-            is_patch = _is_patch(layout) & chosen.repeat(layout.counts)
+        for transition, (layout, importance_T, strengths) in self._seen.items():
+            is_patch = _is_patch(layout) & strengths.any((1, 2)).repeat(layout.counts)
             grid[transition, layout.image_T()[is_patch], layout.cell_T[is_patch]] = importance_T[is_patch]
         return grid.reshape(*grid.shape[:2], *self.shape.grid)
 

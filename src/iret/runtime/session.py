@@ -355,7 +355,7 @@ class Session:
                     x_TD, received_T = x_TD[rows], received_T[rows]
             if drops:
                 importance_T = to_importance(received_T, layout)
-                record.see(index, layout, importance_T, np.asarray(strengths.any((1, 2))))
+                record.see(index, layout, importance_T, strengths)
                 choice = choose(importance_T, layout, strengths[:, index], rule, shape.min_keep)
                 x_TD, layout, refined_T = cut(x_TD, layout, choice)
         return record, stage_logits
