@@ -78,7 +78,7 @@ class Record:
             self.exit_stage[layout.images] = stage
 
     def see(self, transition: int, layout: Layout, importance_T: np.ndarray, strengths: np.ndarray) -> None:
-        """What `transition` chose by. `strengths` [n, transitions, 2] of the images of `layout`: all 0, and nothing was chosen."""
+        """What `transition` chose by. `strengths` [n, transitions, 2] of the images of `layout`: all 0, nothing was chosen."""
         self._seen[transition] = layout, importance_T, strengths
 
     @property
