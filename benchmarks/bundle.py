@@ -3,9 +3,11 @@
 static    the same model as one graph with everything kept and nothing to choose, as torch exports its blocks
 deit_s    a plain ViT of DeiT-S shape as one static graph, as torch exports it
 bundle    stage by stage through `iret.Session`: everything kept, and with thresholds at MAC ratios, `--ratios`
+convolved the same from a bundle whose wide products are convolutions (`iret export --convolutions`), on ONNX Runtime
 single    the same through `iret.Session` from a bundle of one graph, which chooses itself (`iret export --single-graph`)
 int8      the same from an int8 bundle of stages (`iret export --int8`), on ONNX Runtime
-ceiling   one static graph of the bundle's own blocks at its counts, which scores, chooses and gathers nothing
+ceiling   one static graph of the bundle's own blocks at its counts, which scores, chooses and gathers nothing;
+          `convolved ceiling`: of the convolved bundle's
 
 Every bundle and every static graph is alone in a process, as on a device, and processes take turns, `--processes` times,
 because times differ from process to process by where weights lie in memory. A bundle's process interleaves its budgets; a
@@ -41,6 +43,7 @@ import iret
 from iret import doctor
 from iret.export.blocks import Blocks
 from iret.export.bundle import export
+from iret.export.form import Form
 from iret.export.graphs import FirstStage, LaterStage, patches_of
 from iret.export.targets import WRITERS
 from iret.runtime.bundle import ENGINES
@@ -49,8 +52,14 @@ from iret.vit import VisionTransformer
 
 RATIOS = (1.7, 2.7, 4.0, 5.3)
 KINDS = {able[0]: kind for kind, able in ENGINES.items()}  # engine -> what it runs
-FORMS: dict[str, dict[str, Any]] = {"bundle": {}, "single": {"single_graph": True}, "int8": {"int8": True}}
-FORMS_OF = {"onnxruntime": ("bundle", "single", "int8"), "openvino": ("bundle", "single"), "executorch": ("bundle",)}
+FORMS = {
+    "bundle": Form(),
+    "convolved": Form(convolutions=True),
+    "single": Form(single_graph=True),
+    "int8": Form(int8=True),
+}
+FORMS_OF = {"onnxruntime": tuple(FORMS), "openvino": ("bundle", "single"), "executorch": ("bundle",)}
+CEILING_OF = {"bundle": "ceiling", "single": "ceiling", "convolved": "convolved ceiling"}
 
 
 class Static(nn.Module):
@@ -84,10 +93,10 @@ class Static(nn.Module):
 class Ceiling(Static):
     """The same from our own blocks on the first `counts` patches of each stage: a bundle without scoring and choosing."""
 
-    def __init__(self, model: iret.Iret, counts: Sequence[int]) -> None:
+    def __init__(self, model: iret.Iret, counts: Sequence[int], convolves: bool) -> None:
         super().__init__(model)
         self.counts = counts
-        self.blocks = nn.ModuleList(Blocks(stage, is_scored=False) for stage in model.stages)
+        self.blocks = nn.ModuleList(Blocks(stage, is_scored=False, convolves=convolves) for stage in model.stages)
 
     def run_stage(self, index: int, x: Tensor) -> Tensor:
         return self.blocks[index](x, 1, None)[0]
@@ -116,14 +125,15 @@ def make_jobs(engine: str, ratios: Sequence[float], model: iret.Iret, scratch: P
     with torch.no_grad():
         assert torch.allclose(graphs["static"](image), model(image), atol=1e-4)
         settings = {f"{asked:g}": thresholds_for(model, image, asked) for asked in (1.0, *ratios)}
-        for form in FORMS_OF[engine]:
-            folder, options = scratch / form, FORMS[form]
-            calibration = torch.randn(8, 3, 224, 224) if "int8" in options else None
-            export(model, folder, kind, images=calibration, **options)
-            jobs[form] = {"bundle": str(folder), "settings": settings}
+        for name in FORMS_OF[engine]:
+            folder, form = scratch / name, FORMS[name]
+            calibration = torch.randn(8, 3, 224, 224) if form.int8 else None
+            export(model, folder, kind, form, images=calibration)
+            jobs[name] = {"bundle": str(folder), "settings": settings}
         for asked, each in settings.items():
             kept = iret.Session(scratch / "bundle", engine)(image.numpy(), thresholds=each).trace.kept
-            graphs[f"ceiling {asked}"] = Ceiling(model, kept.sum((1, 2, 3)).tolist()).eval()
+            for name in sorted({CEILING_OF[form] for form in FORMS_OF[engine] if form in CEILING_OF}):
+                graphs[f"{name} {asked}"] = Ceiling(model, kept.sum((1, 2, 3)).tolist(), "convolved" in name).eval()
         for name, graph in graphs.items():
             path = scratch / f"{name.replace(' ', '_')}{extension}"
             write(graph, (image,), None, path)
@@ -152,17 +162,17 @@ def rows_of(engine: str, found: dict[str, list[dict[str, Any]]], every_mac: int)
     spent = {form: answers[0]["macs"] for form, answers in found.items() if form in FORMS}
     rows = []
     for name, own in ms.items():
-        form, _, asked = name.partition(" ")
+        form, _, asked = name.rpartition(" ")
         row = {"engine": engine, "what": name, "ms": own, "over_static": own / ms["static"]}
-        if form in FORMS or form == "ceiling":
-            macs = spent["bundle" if form == "ceiling" else form][asked]
+        if form in FORMS or form in CEILING_OF.values():
+            macs = spent[form if form in FORMS else "bundle"][asked]
             ratio = every_mac / macs if asked != "1" else 1.0
             row["share"] = ms[f"{form} 1"] / own / ratio
         if form in FORMS:
             row["mac_ratio"] = ratio
             if form != "int8":  # which may decide otherwise
                 assert macs == spent["bundle"][asked], f"{name} does not keep what the bundle keeps"
-                row["ceiling_over_time"] = ms[f"ceiling {asked}"] / own
+                row["ceiling_over_time"] = ms[f"{CEILING_OF[form]} {asked}"] / own
             for place, what in enumerate(("host", "between")):
                 row[what] = np.array([each["host"][asked][place] for each in found[form]])
         rows.append(row)

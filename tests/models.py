@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from iret.doctor import describe_device
-from iret.export.bundle import _jobs  # what is traced, without the tracing
+from iret.export.bundle import STAGES, _jobs  # what is traced, without the tracing
+from iret.export.form import Form
 from iret.model import Iret
 from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum
 from iret.runtime.cost import Shape
@@ -29,9 +30,9 @@ def make_model(seed: int = 0, *, is_haar: bool = False, **options) -> Iret:
     return model
 
 
-def write_bundle(model: Iret, folder: Path, *, buckets: tuple[int, ...] = (), single_graph: bool = False) -> Callable:
+def write_bundle(model: Iret, folder: Path, form: Form = STAGES) -> Callable:
     """A bundle of empty files in `folder`; what loads them in place of an engine: torch, on the graphs that would be exported."""
-    jobs = _jobs(model, "onnx", single_graph, buckets)
+    jobs = _jobs(model, "onnx", form)
     stages: dict[int, list[GraphFile]] = {}
     folder.mkdir(exist_ok=True)
     for job in jobs:
@@ -40,14 +41,14 @@ def write_bundle(model: Iret, folder: Path, *, buckets: tuple[int, ...] = (), si
     bundle = Bundle(
         name=model.name,
         kind="onnx",
-        is_single=single_graph,
+        is_single=form.single_graph,
         precision="float32",
         shape=model.shape,
         preprocess=model.preprocessing,
         labels=model.labels,
         points=model.points,
         stages=tuple(tuple(each) for each in stages.values()),
-        max_batch=1 if single_graph or buckets else None,
+        max_batch=1 if form.single_graph or form.buckets else None,
         checksums={job.name: checksum(folder / job.name) for job in jobs},
     )
     (folder / FILE_NAME).write_text(bundle.to_json())

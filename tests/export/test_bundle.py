@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -22,6 +23,7 @@ import iret
 import models
 from iret.export import bundle as exporting, targets
 from iret.export.bundle import export
+from iret.export.form import Form
 from iret.export.int8 import quantize_onnx
 from iret.export.parity import Parity
 from iret.model import Iret
@@ -168,19 +170,28 @@ def test_every_engine_of_a_kind_runs_it(traced):
     assert exporting.check(make_model(), traced[0], engine="openvino").problem is None
 
 
-@pytest.mark.parametrize("options", [{"single_graph": True}, {"buckets": (6,)}], ids=str)
-def test_the_other_forms_answer_the_same(tmp_path, options):
-    bundle, parity = export(make_model(), tmp_path / "bundle", **options)
+@pytest.mark.parametrize("form", [Form(single_graph=True), Form(buckets=(6,))], ids=str)
+def test_the_other_forms_answer_the_same(tmp_path, form):
+    bundle, parity = export(make_model(), tmp_path / "bundle", form=form)
     assert (parity.split, parity.problem) == (0, None)
-    assert len(bundle.stages[-1]) == (2 if "buckets" in options else 1)
-    if "single_graph" in options:  # what programs without a session ask it by
+    assert len(bundle.stages[-1]) == (2 if form.buckets else 1)
+    if form.single_graph:  # what programs without a session ask it by
         outputs = onnxruntime.InferenceSession(tmp_path / "bundle" / "model.onnx").get_outputs()
         assert [each.name for each in outputs] == ["logits", "kept", "refined", "importance"]
 
 
+@pytest.mark.parametrize("is_single", [False, True])
+def test_convolutions_in_an_engine_answer_the_same(tmp_path, is_single):
+    form = Form(convolutions=True, single_graph=is_single)
+    bundle, parity = export(make_model(embed_dims=(64, 256)), tmp_path / "bundle", form=form)
+    assert (parity.split, parity.problem, bundle.is_convolved) == (0, None, True)
+    graph = onnx.load(tmp_path / "bundle" / bundle.stages[-1][0].file).graph
+    assert sum(node.op_type == "Conv" for node in graph.node) == 6 + is_single  # and the coarse band
+
+
 def test_int8_is_smaller_and_says_how_often_it_agrees(traced, tmp_path, monkeypatch):
     copy_graphs(traced[0], monkeypatch)
-    int8, parity = export(make_model(), tmp_path / "int8", int8=True, images=make_images())
+    int8, parity = export(make_model(), tmp_path / "int8", form=Form(int8=True), images=make_images())
     sizes = [
         sum((folder / file).stat().st_size for file in bundle.checksums)
         for folder, bundle in (traced[:2], (tmp_path / "int8", int8))
@@ -214,19 +225,22 @@ np.save({str(tmp_path / "logits.npy")!r}, out.logits)
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("kind", "form", "sentence"),
     [
-        ({"kind": "coreml"}, "choose from onnx, openvino, executorch"),
-        ({"kind": "executorch", "single_graph": True}, "leave out --single-graph"),
-        ({"single_graph": True, "buckets": (8,)}, "not both"),
-        ({"buckets": (3,)}, r"outside \[4, 12\]"),
-        ({"buckets": (13,)}, r"outside \[4, 12\]"),
-        ({"int8": True}, "with --data"),
+        ("coreml", Form(), "choose from onnx, openvino, executorch"),
+        ("executorch", Form(single_graph=True), "leave out --single-graph"),
+        ("onnx", Form(single_graph=True, buckets=(8,)), "not both"),
+        ("onnx", Form(buckets=(3,)), r"outside \[4, 12\]"),
+        ("onnx", Form(buckets=(13,)), r"outside \[4, 12\]"),
+        ("onnx", Form(int8=True), "with --data"),
+        ("openvino", Form(convolutions=True), "faster on ONNX Runtime alone; leave out --convolutions"),
+        ("onnx", Form(convolutions=True, int8=True), "--int8 or --convolutions, not both"),
+        ("onnx", Form(convolutions=True), "no stage's tokens are 256 wide.*leave out --convolutions"),
     ],
 )
-def test_what_an_engine_cannot_do_is_refused_before_anything_is_written(tmp_path, options, sentence):
+def test_what_an_engine_cannot_do_is_refused_before_anything_is_written(tmp_path, kind, form, sentence):
     with pytest.raises(ValueError, match=sentence):
-        export(make_model(), tmp_path / "bundle", **options)
+        export(make_model(), tmp_path / "bundle", kind, form)
     assert not any(tmp_path.iterdir())
 
 
@@ -280,7 +294,7 @@ def test_a_bundle_that_differs_is_not_kept_and_an_older_one_stays(traced, tmp_pa
 def test_an_older_bundle_is_replaced_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "check", lambda *args: Parity())
     monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
-    export(make_model(), tmp_path / "bundle", buckets=(6,))
+    export(make_model(), tmp_path / "bundle", form=Form(buckets=(6,)))
     export(make_model(), tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     names = sorted(path.name for path in (tmp_path / "bundle").iterdir())

@@ -12,6 +12,7 @@ from torch.export import Dim
 import models
 from iret.export import int8
 from iret.export.bundle import export
+from iret.export.form import Form
 from iret.export.int8 import record_inputs
 from iret.export.targets import WRITERS
 from iret.model import Iret
@@ -141,14 +142,14 @@ def test_a_graph_is_calibrated_on_so_many_calls_at_most_drawn_from_all(tmp_path,
 
 
 def test_a_bucket_that_no_image_fills_is_named_with_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(int8, "load_graph", models.write_bundle(make_model(), tmp_path, buckets=(6,)))
+    monkeypatch.setattr(int8, "load_graph", models.write_bundle(make_model(), tmp_path, Form(buckets=(6,))))
     with pytest.raises(ValueError, match=r"no image of --data ran stage_1_6.*give more, or leave that bucket out"):
         record_inputs(tmp_path, make_images(1), [(0.0, None)])
 
 
 def test_what_int8_needs_is_said_before_anything_is_written(tmp_path):
-    one = {"images": torch.from_numpy(make_images(1)), "single_graph": True}
-    for options, way_out in (({}, "give some with --data"), (one, "leave out --single-graph")):
+    some, one = torch.from_numpy(make_images(1)), Form(int8=True, single_graph=True)
+    for form, images, way_out in ((Form(int8=True), None, "give some with --data"), (one, some, "out --single-graph")):
         with pytest.raises(ValueError, match=way_out):
-            export(make_model(), tmp_path / "bundle", int8=True, **options)
+            export(make_model(), tmp_path / "bundle", form=form, images=images)
     assert not any(tmp_path.iterdir())

@@ -156,6 +156,7 @@ def test_photos_of_one_s_own_are_the_examples(bundle, runtime, tmp_path):
     [
         ({"stages": ((GraphFile("stage_0.onnx"),), (GraphFile("stage_1.onnx", 17),))}, "export without --buckets"),
         ({"is_single": True, "stages": ((GraphFile("stage_0.onnx"),),)}, "export without --single-graph"),
+        ({"is_convolved": True}, "convolutions, which a browser computes slowly; export without --convolutions"),
         ({"kind": "executorch"}, "kind 'executorch'; a browser runs ONNX"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 from iret.cli import main
 from iret.export import bundle as exporting
 from iret.export.accuracy import Accuracy
+from iret.export.form import Form
 from iret.export.parity import Parity
 
 JUDGED = (
@@ -22,12 +23,12 @@ def exported(monkeypatch):
     """What `export` was asked for; it writes nothing."""
     asked = {}
 
-    def export(model, out, kind, **options):
-        asked.update(options, name=model.name, out=out, kind=kind)
+    def export(model, out, kind, form, **options):
+        asked.update(options, name=model.name, out=out, kind=kind, form=form)
         out.mkdir()
         (out / "stage_0").write_bytes(b"12345")
         bundle = type("Bundle", (), {"checksums": {"stage_0": ""}, "kind": kind})
-        return bundle, Parity(compared=4, agree=4, accuracy=JUDGED if options["int8"] else ())
+        return bundle, Parity(compared=4, agree=4, accuracy=JUDGED if form.int8 else ())
 
     monkeypatch.setattr(exporting, "export", export)
     return asked
@@ -35,10 +36,20 @@ def exported(monkeypatch):
 
 def test_options_arrive(exported, tmp_path, capsys):
     out = tmp_path / "bundle"
-    words = ["export", "iret_pico-cifar10", "--format", "openvino", "--out", str(out), "--buckets", "16,32"]
+    words = [
+        "export",
+        "iret_pico-cifar10",
+        "--format",
+        "openvino",
+        "--out",
+        str(out),
+        "--buckets",
+        "16,32",
+        "--convolutions",
+    ]
     assert main(words) == 0
     assert (exported["name"], exported["kind"], exported["out"]) == ("iret_pico", "openvino", out)
-    assert (exported["buckets"], exported["int8"], exported["single_graph"]) == ((16, 32), False, False)
+    assert exported["form"] == Form(buckets=(16, 32), convolutions=True)
     assert (exported["images"], exported["held_out"]) == (None, None)
     said = capsys.readouterr().err
     assert "4 comparisons: same answer 4" in said
@@ -50,7 +61,7 @@ def test_data_are_held_out_images_as_the_model_takes_them(exported, tmp_path, ca
     assert main([*words, "--data", "cluttered-digits", "--max-images", "6"]) == 0
     assert exported["images"].shape == (6, 3, 64, 64)
     assert exported["images"].min() < 0 < exported["images"].max()  # normalised
-    assert exported["int8"]
+    assert exported["form"] == Form(int8=True)
     answer = json.loads(capsys.readouterr().out)
     assert answer["bytes"] == 5
     assert answer["check"]["compared"] == 4

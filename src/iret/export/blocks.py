@@ -4,9 +4,13 @@ Tokens are packed token after token, [N B, D]: a head's queries, keys and values
 left, and ONNX Runtime multiplies them there without moving them first. They come of a product each, because splitting
 one would copy it; the queries' carries the scale of the logits.
 
+On x86 processors ONNX Runtime computes a product of wide tokens faster as a 1x1 convolution: it waits less for the weights, and
+the fewer tokens there are, the more of the time that is. Without its blocked layout, in a browser or on OpenVINO, it is slower.
+
 Read next: `graphs`.
 """
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -19,6 +23,20 @@ from iret import vit
 from iret.attention import attend
 from iret.selection import accumulate
 
+Product = Callable[[nn.Linear], nn.Module]  # how a product with weights is written
+MIN_WIDTH = 256  # of tokens for which convolutions are faster: weights of narrower ones stay in the cache (docs/LOG.md)
+
+
+class Convolution(nn.Module):
+    """`nn.Linear` as a 1x1 convolution: tokens are the pixels of one image of one row, channels last."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(linear.weight[..., None, None]), linear.bias
+
+    def forward(self, x: Float[Tensor, "1 1 NB D"]) -> Float[Tensor, "1 1 NB E"]:
+        return F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+
 
 class Attention(nn.Module):
     """Softmax attention, in products and a softmax.
@@ -26,34 +44,35 @@ class Attention(nn.Module):
     Exporters write the fused kernel in many more steps, every size left open.
     """
 
-    def __init__(self, attention: vit.Attention, importance: str | None) -> None:
+    def __init__(self, attention: vit.Attention, importance: str | None, product: Product) -> None:
         """`importance`, "cls" or "column", is read here; None: it is not."""
         super().__init__()
         self.num_heads, self.importance = attention.num_heads, importance
         dim = attention.proj.in_features
         assert attention.function is attend, "only softmax attention is written out here"
         # queries, keys, values
-        self.parts = nn.ModuleList(nn.utils.skip_init(nn.Linear, dim, dim) for _ in range(3))
+        parts = [nn.utils.skip_init(nn.Linear, dim, dim) for _ in range(3)]
         factors = ((dim // self.num_heads) ** -0.5, 1.0, 1.0)
         with torch.no_grad():
             for part, weight, bias, factor in zip(
-                self.parts, attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3), factors, strict=True
+                parts, attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3), factors, strict=True
             ):
                 part.weight.copy_(weight * factor)
                 part.bias.copy_(bias * factor)
-        self.proj = attention.proj
+        self.parts, self.proj = nn.ModuleList(map(product, parts)), product(attention.proj)
 
     def forward(
-        self, x: Float[Tensor, "NB D"], batch: int, bias: Float[Tensor, "B 1 1 N"] | None
-    ) -> tuple[Float[Tensor, "NB D"], Float[Tensor, "B H Q N"] | None]:
+        self, x: Float[Tensor, "*one NB D"], batch: int, bias: Float[Tensor, "B 1 1 N"] | None
+    ) -> tuple[Float[Tensor, "*one NB D"], Float[Tensor, "B H Q N"] | None]:
         """The update, and the logits that importance is read off: of the class token, or of every query.
 
         `bias` is added to a key's logits. The logits stand beside the attention, which engines can fuse then.
         """
-        q, k, v = (part(x).reshape(-1, batch, self.num_heads, x.shape[1] // self.num_heads) for part in self.parts)
+        q, k, v = (part(x).reshape(-1, batch, self.num_heads, x.shape[-1] // self.num_heads) for part in self.parts)
         keys = k.permute(1, 2, 3, 0)
         weights = _plus(q.permute(1, 2, 0, 3) @ keys, bias).softmax(-1)
-        update = self.proj((weights @ v.permute(1, 2, 0, 3)).permute(2, 0, 1, 3).reshape(-1, x.shape[1]))
+        heads = (weights @ v.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
+        update = self.proj(heads.reshape(*x.shape[:-2], -1, x.shape[-1]))
         if self.importance is None:
             return update, None
         return update, (q[:1] if self.importance == "cls" else q).permute(1, 2, 0, 3) @ keys
@@ -62,12 +81,16 @@ class Attention(nn.Module):
 class Blocks(nn.Module):
     """The blocks of one `iret.model.Stage`."""
 
-    def __init__(self, stage: Any, is_scored: bool) -> None:
+    def __init__(self, stage: Any, is_scored: bool, convolves: bool = False) -> None:
+        """`convolves`: products are convolutions, where tokens are wide enough to gain by it."""
         super().__init__()
+        self.is_convolved = convolves and stage.norm.weight.shape[0] >= MIN_WIDTH
+        product: Product = Convolution if self.is_convolved else lambda linear: linear
         unscored = len(stage.blocks) - min(stage.num_scored, len(stage.blocks)) if is_scored else len(stage.blocks)
         self.importance = stage.importance
         self.blocks = nn.ModuleList(
-            _Block(block, None if place < unscored else stage.importance) for place, block in enumerate(stage.blocks)
+            _Block(block, None if place < unscored else stage.importance, product)
+            for place, block in enumerate(stage.blocks)
         )
         if is_scored:  # of each scored block's heads, in the running mean over them
             shares = reduce(accumulate, torch.eye(len(stage.blocks) - unscored))
@@ -79,11 +102,12 @@ class Blocks(nn.Module):
     ) -> tuple[Float[Tensor, "NB D"], Float[Tensor, "B N"] | None]:
         """The tokens after all of them, and the attention each patch received in the scored ones, if any is."""
         scored = []
+        x = x[None, None] if self.is_convolved else x
         for block in self.blocks:
             x, logits = block(x, batch, bias)
             if logits is not None:
                 scored.append(logits)
-        return x, self.received(torch.cat(scored, 1), bias) if scored else None
+        return x.flatten(0, -2), self.received(torch.cat(scored, 1), bias) if scored else None
 
     def received(self, logits: Float[Tensor, "B H Q N"], bias: Float[Tensor, "B 1 1 N"] | None) -> Float[Tensor, "B N"]:
         """As `iret.attention.class_row` and `column_mean`, of all scored heads at once: sums to 1 an image, 0 at class tokens."""
@@ -97,15 +121,16 @@ class Blocks(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, block: Any, importance: str | None) -> None:
+    def __init__(self, block: Any, importance: str | None, product: Product) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
-        self.attn = Attention(block.attn, importance)
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.attn = Attention(block.attn, importance, product)
+        self.fc1, self.fc2 = product(block.mlp.fc1), product(block.mlp.fc2)
 
     def forward(self, x: Tensor, batch: int, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         update, logits = self.attn(self.norm1(x), batch, bias)
         x = x + update
-        return x + self.mlp(self.norm2(x)), logits
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)))), logits
 
 
 def _plus(logits: Tensor, bias: Tensor | None) -> Tensor:

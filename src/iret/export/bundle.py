@@ -2,13 +2,13 @@
 
 Everything is written into a folder beside the wanted one, checked there, and moved into place; what fails leaves nothing.
 
-Read first: `graphs`. Read next: `parity`, `iret.runtime.session`.
+Read first: `form`, `graphs`. Read next: `parity`, `iret.runtime.session`.
 """
 
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,17 +19,20 @@ from torch.export import Dim
 
 from iret import doctor
 from iret.export.accuracy import HeldOut
+from iret.export.form import Form
 from iret.export.graphs import FirstStage, LaterStage, SingleGraph
 from iret.export.int8 import Calls, record_inputs
 from iret.export.parity import Parity, check, settings
 from iret.export.points import points_of
 from iret.export.targets import WRITERS, Axes
 from iret.model import Iret
-from iret.runtime.bundle import ENGINES, FILE_NAME, Bundle, GraphFile, checksum, replace_folder
+from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum, replace_folder
 
 MAX_BATCH = 8  # images a call of an ExecuTorch program, whose memory is planned ahead
 ANY_BATCH = 4096  # a bound that torch.export asks for; the file holds none
 LABELS_NAME = "labels.txt"
+
+STAGES = Form()
 
 Say = Callable[[str], None]
 Traced = tuple[nn.Module, tuple[Tensor, ...], Axes | None]  # a graph, what to trace it with, which axes may change
@@ -39,17 +42,14 @@ def export(
     model: Iret,
     out: Path,
     kind: str = "onnx",
+    form: Form = STAGES,
     *,
-    single_graph: bool = False,
-    buckets: Sequence[int] = (),
-    int8: bool = False,
     images: Tensor | None = None,
     held_out: HeldOut | None = None,
     say: Say = lambda line: None,
 ) -> tuple[Bundle, Parity]:
     """Write `model`, in eval mode on the CPU, as a bundle of `kind` into the folder `out`, which is new or an older bundle.
 
-    `buckets`: numbers of patches that graphs are made for, in place of graphs that take any; all patches are always one of them.
     `images` [B, C, Y, X]: what the bundle is checked on, and int8 calibrated on, as the model takes them; None: noise and
     smooth blobs, which calibrate nothing. `held_out`: others, on which int8 is judged and thresholds without exits are measured.
 
@@ -58,19 +58,16 @@ def export(
             from the model.
         ImportError: the engine is missing.
     """
-    _refuse(model, out, kind, single_graph, buckets)
-    if int8 and single_graph:
-        raise ValueError("int8 is calibrated stage by stage; leave out --single-graph.")
-    if int8 and images is None:
+    _refuse(model, out, kind, form)
+    if form.int8 and images is None:
         raise ValueError("int8 is calibrated on real images; give some with --data.")
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        jobs = _jobs(model, kind, single_graph, buckets)
-        write = partial(_write, model, scratch, kind, jobs, images, held_out, say)
+        write = partial(_write, model, scratch, kind, form, images, held_out, say)
         bundle, parity = write(None)
-        if int8 and images is not None:
+        if form.int8 and images is not None:
             say("recording what every graph is given")
             calls = record_inputs(scratch, images.numpy(), [each[1:] for each in settings(model, bundle)])
             bundle, parity = write(calls)
@@ -94,24 +91,24 @@ class _Job:
     axes: Axes | None
 
 
-def _jobs(model: Iret, kind: str, single_graph: bool, buckets: Sequence[int]) -> list[_Job]:
+def _jobs(model: Iret, kind: str, form: Form) -> list[_Job]:
     model = model.eval()
     with torch.no_grad():
-        if single_graph:
-            return [_Job("model", 0, None, *_single_graph(model))]
-        limit = _max_batch(kind, bool(buckets))
-        counts: list[int | None] = [*sorted({*buckets, model.shape.num_patches})] if buckets else [None]
-        jobs = [_Job("stage_0", 0, None, *_first_stage(model, limit))]
+        if form.single_graph:
+            return [_Job("model", 0, None, *_single_graph(model, form.convolutions))]
+        limit = _max_batch(kind, form)
+        counts: list[int | None] = [*sorted({*form.buckets, model.shape.num_patches})] if form.buckets else [None]
+        jobs = [_Job("stage_0", 0, None, *_first_stage(model, limit, form.convolutions))]
         for index in range(1, len(model.stages)):
             for count in counts:
                 name, width = (f"stage_{index}", None) if count is None else (f"stage_{index}_{count}", count + 1)
-                jobs.append(_Job(name, index, width, *_later_stage(model, index, width, limit)))
+                jobs.append(_Job(name, index, width, *_later_stage(model, index, width, limit, form.convolutions)))
         return jobs
 
 
-def _max_batch(kind: str, is_fixed: bool) -> int | None:
+def _max_batch(kind: str, form: Form) -> int | None:
     """Images a call at most; None: any."""
-    if is_fixed:
+    if form.buckets or form.single_graph:
         return 1
     return MAX_BATCH if kind == "executorch" else None
 
@@ -120,7 +117,7 @@ def _write(
     model: Iret,
     folder: Path,
     kind: str,
-    jobs: Sequence[_Job],
+    form: Form,
     images: Tensor | None,
     held_out: HeldOut | None,
     say: Say,
@@ -129,7 +126,7 @@ def _write(
     """A whole bundle in `folder`, checked against the model; in int8 where every graph's `calls` are given."""
     extension, write = WRITERS[kind]
     stages: dict[int, list[GraphFile]] = {}
-    for job in jobs:
+    for job in _jobs(model, kind, form):
         name = job.name + extension
         say(f"writing {name}" + (" in int8" if calls else ""))
         with torch.no_grad():
@@ -137,18 +134,18 @@ def _write(
         stages.setdefault(job.stage, []).append(GraphFile(name, job.tokens))
     if model.labels:
         (folder / LABELS_NAME).write_text("\n".join(model.labels) + "\n", encoding="utf-8")
-    is_single = jobs[0].name == "model"
     bundle = Bundle(
         name=model.name,
         kind=kind,
-        is_single=is_single,
+        is_single=form.single_graph,
         precision="int8" if calls else "float32",
+        is_convolved=form.convolutions,
         shape=model.shape,
         preprocess=model.preprocessing,
         labels=model.labels,
-        points=points_of(model, is_single, held_out, say),
+        points=points_of(model, form.single_graph, held_out, say),
         stages=tuple(tuple(graphs) for graphs in stages.values()),
-        max_batch=1 if is_single else _max_batch(kind, any(job.tokens for job in jobs)),
+        max_batch=_max_batch(kind, form),
         checksums={path.name: checksum(path) for path in sorted(folder.iterdir()) if path.name != FILE_NAME},
         versions={name: version for name, version in doctor.versions().items() if version},
     )
@@ -160,27 +157,15 @@ def _write(
     return bundle, parity
 
 
-def _refuse(model: Iret, out: Path, kind: str, single_graph: bool, buckets: Sequence[int]) -> None:
+def _refuse(model: Iret, out: Path, kind: str, form: Form) -> None:
     """Raises ValueError for what cannot be written, before anything is."""
     if model.own_precision:
         raise ValueError(
             f"a model in {model.own_precision} cannot be exported; export the model that it was made from."
         )
-    if kind not in ENGINES:
-        raise ValueError(f"format {kind!r} is unknown; choose from {', '.join(ENGINES)}.")
+    form.refuse(kind, model.shape)
     if not model.num_classes:
         raise ValueError("this model has no classes to answer with; call reset_classifier(N) and train it first.")
-    if single_graph and kind == "executorch":
-        raise ValueError(
-            "ExecuTorch runs a graph with data-dependent sizes 12 times too slowly (docs/export.md); leave out --single-graph."
-        )
-    if single_graph and buckets:
-        raise ValueError("a single graph has no fixed token counts; give --single-graph or --buckets, not both.")
-    bad = [count for count in buckets if not model.shape.min_keep <= count <= model.shape.num_patches]
-    if bad:
-        raise ValueError(
-            f"bucket {bad[0]} is outside [{model.shape.min_keep}, {model.shape.num_patches}], the patches that an image can keep."
-        )
     if model.shape.min_keep >= model.shape.num_patches:
         raise ValueError(f"a grid of {model.shape.num_patches} patches has nothing to drop; use a larger image.")
     if out.exists() and not _is_bundle(out):
@@ -205,14 +190,14 @@ def _batch(max_batch: int | None) -> Dim:
     return Dim("batch", min=1, max=max_batch or ANY_BATCH)
 
 
-def _first_stage(model: Iret, max_batch: int | None) -> Traced:
+def _first_stage(model: Iret, max_batch: int | None, convolves: bool) -> Traced:
     shape = model.shape
     is_fixed = max_batch == 1
     images = torch.zeros(1 if is_fixed else 2, shape.in_chans, *shape.img_size)
-    return FirstStage(model), (images,), None if is_fixed else ({0: _batch(max_batch)},)
+    return FirstStage(model, convolves), (images,), None if is_fixed else ({0: _batch(max_batch)},)
 
 
-def _later_stage(model: Iret, index: int, width: int | None, max_batch: int | None) -> Traced:
+def _later_stage(model: Iret, index: int, width: int | None, max_batch: int | None, convolves: bool) -> Traced:
     """`width` fixes the tokens of an image, and with them everything."""
     shape = model.shape
     batch, tokens = (2, shape.min_keep + 2) if width is None else (1, width)
@@ -224,18 +209,19 @@ def _later_stage(model: Iret, index: int, width: int | None, max_batch: int | No
         torch.zeros(tokens, batch, dtype=torch.int64),
         torch.zeros(batch, tokens),
     )
+    graph = LaterStage(model, index, convolves)
     if width is not None:
-        return LaterStage(model, index), inputs, None
+        return graph, inputs, None
     every = shape.num_patches + 1
     some, many = Dim("tokens", min=shape.min_keep + 1, max=every), _batch(max_batch)
     by_token, by_image = {0: some, 1: many}, {0: many, 1: some}
     by_row = {0: Dim("rows", min=1, max=1 + (max_batch or ANY_BATCH) * shape.num_patches)}
-    return LaterStage(model, index), inputs, (by_token, by_token, by_row, by_token, by_image)
+    return graph, inputs, (by_token, by_token, by_row, by_token, by_image)
 
 
-def _single_graph(model: Iret) -> Traced:
+def _single_graph(model: Iret, convolves: bool) -> Traced:
     shape = model.shape
     # uneven images, so that tracing sees the general case
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, shape.in_chans, *shape.img_size, generator=generator)
-    return SingleGraph(model), (images, torch.ones(len(model.transitions), 2)), None
+    return SingleGraph(model, convolves), (images, torch.ones(len(model.transitions), 2)), None

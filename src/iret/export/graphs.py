@@ -84,10 +84,10 @@ def patches_of(images: Float[Tensor, "B C Y X"], side: int) -> Float[Tensor, "K 
 class StageGraph(nn.Module):
     """The blocks of one stage and its head, on a dense batch."""
 
-    def __init__(self, model: Iret, index: int) -> None:
+    def __init__(self, model: Iret, index: int, convolves: bool) -> None:
         super().__init__()
         stage = model.stages[index]
-        self.blocks = Blocks(stage, is_scored=index < len(model.stages) - 1)
+        self.blocks = Blocks(stage, index < len(model.stages) - 1, convolves)
         self.norm, self.head = stage.norm, stage.head
 
     def through(self, x: Float[Tensor, "NB D"], batch: int, bias: Float[Tensor, "B N"] | None) -> tuple[Tensor, ...]:
@@ -100,8 +100,8 @@ class StageGraph(nn.Module):
 class FirstStage(StageGraph):
     """From images to the first choice: the coarse band of every patch, thin tokens."""
 
-    def __init__(self, model: Iret) -> None:
-        super().__init__(model, 0)
+    def __init__(self, model: Iret, convolves: bool = False) -> None:
+        super().__init__(model, 0, convolves)
         self.num_cells = model.shape.num_patches
         self.coarse = Coarse(model.lifting, model.shape)
         self.patch_embed = model.patch_embed
@@ -121,8 +121,8 @@ class FirstStage(StageGraph):
 class LaterStage(StageGraph):
     """From the tokens that stay to the next choice: wider, with details where it looked again."""
 
-    def __init__(self, model: Iret, index: int) -> None:
-        super().__init__(model, index)
+    def __init__(self, model: Iret, index: int, convolves: bool = False) -> None:
+        super().__init__(model, index, convolves)
         self.transition = model.transitions[index - 1]
         self.details = Details(model.lifting, model.shape, model.shape.detail_level(index))
 
@@ -156,10 +156,10 @@ class SingleGraph(nn.Module):
 
     output_names = ("logits", "kept", "refined", "importance")
 
-    def __init__(self, model: Iret) -> None:
+    def __init__(self, model: Iret, convolves: bool = False) -> None:
         super().__init__()
-        self.first = FirstStage(model)
-        self.later = nn.ModuleList(LaterStage(model, index) for index in range(1, len(model.stages)))
+        self.first = FirstStage(model, convolves)
+        self.later = nn.ModuleList(LaterStage(model, index, convolves) for index in range(1, len(model.stages)))
         self.num_cells, self.min_keep = model.shape.num_patches, model.shape.min_keep
         self.patch_size = model.shape.patch_size
 

@@ -45,6 +45,7 @@ class Bundle:
     stages: tuple[tuple[GraphFile, ...], ...]
     max_batch: int | None  # images a call at most; None: any
     checksums: dict[str, str]  # file -> SHA-256
+    is_convolved: bool = False  # its wide products are convolutions
     versions: dict[str, str] = field(default_factory=dict)
     check: dict[str, Any] = field(default_factory=dict)  # how far it was from the model, when it was written
 

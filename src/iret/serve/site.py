@@ -115,6 +115,7 @@ def _refuse(bundle: Bundle, folder: Path) -> None:
     wrong = {
         f"kind {bundle.kind!r}; a browser runs ONNX, so export with --format onnx": bundle.kind != "onnx",
         "one graph; export without --single-graph": bundle.is_single,
+        "convolutions, which a browser computes slowly; export without --convolutions": bundle.is_convolved,
         "fixed token counts; export without --buckets": any(graph.tokens for stage in bundle.stages for graph in stage),
         f"{bundle.shape.in_chans} channels, and photos have 1 or 3": bundle.shape.in_chans not in (1, 3),
     }

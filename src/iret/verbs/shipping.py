@@ -12,6 +12,7 @@ MAX_HELD_OUT = 1000  # images that int8, and thresholds without exits, are judge
 
 def do_export(args: argparse.Namespace) -> int:
     from iret.export.bundle import export
+    from iret.export.form import Form
     from iret.runtime.bundle import ENGINES
     from iret.zoo import load
 
@@ -19,14 +20,13 @@ def do_export(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-images {args.max_images} must be 1 or more.")
     set_threads(1)  # tracing is not parallel, and two pools of threads slow each other
     model, out = load(args.model), Path(args.out)
+    form = Form(single_graph=args.single_graph, buckets=args.buckets, int8=args.int8, convolutions=args.convolutions)
     images, held_out = (None, None) if args.data is None else _read_images(args, model)
     bundle, parity = export(
         model,
         out,
         args.format,
-        single_graph=args.single_graph,
-        buckets=args.buckets,
-        int8=args.int8,
+        form,
         images=images,
         held_out=held_out,
         say=say,
