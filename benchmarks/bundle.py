@@ -3,11 +3,11 @@
 static    the same model as one graph with everything kept and nothing to choose, as torch exports its blocks
 deit_s    a plain ViT of DeiT-S shape as one static graph, as torch exports it
 bundle    stage by stage through `iret.Session`: everything kept, and with thresholds at MAC ratios, `--ratios`
-convolved the same from a bundle whose wide products are convolutions (`iret export --convolutions`), on ONNX Runtime
+convolved the same from a bundle of `iret export --convolutions`, on ONNX Runtime
 single    the same through `iret.Session` from a bundle of one graph, which chooses itself (`iret export --single-graph`)
 int8      the same from an int8 bundle of stages (`iret export --int8`), on ONNX Runtime
-ceiling   one static graph of the bundle's own blocks at its counts, which scores, chooses and gathers nothing;
-          `convolved ceiling`: of the convolved bundle's
+ceiling   one static graph of the bundle's own blocks at its counts, which scores, chooses and gathers nothing
+          (`convolved ceiling`: of the convolved bundle's blocks)
 
 Every bundle and every static graph is alone in a process, as on a device, and processes take turns, `--processes` times,
 because times differ from process to process by where weights lie in memory. A bundle's process interleaves its budgets; a
@@ -93,10 +93,10 @@ class Static(nn.Module):
 class Ceiling(Static):
     """The same from our own blocks on the first `counts` patches of each stage: a bundle without scoring and choosing."""
 
-    def __init__(self, model: iret.Iret, counts: Sequence[int], convolves: bool) -> None:
+    def __init__(self, model: iret.Iret, counts: Sequence[int], is_convolved: bool) -> None:
         super().__init__(model)
         self.counts = counts
-        self.blocks = nn.ModuleList(Blocks(stage, is_scored=False, convolves=convolves) for stage in model.stages)
+        self.blocks = nn.ModuleList(Blocks(stage, is_scored=False, is_convolved=is_convolved) for stage in model.stages)
 
     def run_stage(self, index: int, x: Tensor) -> Tensor:
         return self.blocks[index](x, 1, None)[0]
@@ -121,6 +121,7 @@ def make_jobs(engine: str, ratios: Sequence[float], model: iret.Iret, scratch: P
     image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     np.save(scratch / "image.npy", image.numpy())
     jobs: dict[str, dict[str, Any]] = {}
+    ceilings = {CEILING_OF[form]: FORMS[form].convolutions for form in FORMS_OF[engine] if form in CEILING_OF}
     graphs = {"static": Static(model).eval(), "deit_s": trained_looking(VisionTransformer()).eval()}
     with torch.no_grad():
         assert torch.allclose(graphs["static"](image), model(image), atol=1e-4)
@@ -132,8 +133,8 @@ def make_jobs(engine: str, ratios: Sequence[float], model: iret.Iret, scratch: P
             jobs[name] = {"bundle": str(folder), "settings": settings}
         for asked, each in settings.items():
             kept = iret.Session(scratch / "bundle", engine)(image.numpy(), thresholds=each).trace.kept
-            for name in sorted({CEILING_OF[form] for form in FORMS_OF[engine] if form in CEILING_OF}):
-                graphs[f"{name} {asked}"] = Ceiling(model, kept.sum((1, 2, 3)).tolist(), "convolved" in name).eval()
+            for name, is_convolved in ceilings.items():
+                graphs[f"{name} {asked}"] = Ceiling(model, kept.sum((1, 2, 3)).tolist(), is_convolved).eval()
         for name, graph in graphs.items():
             path = scratch / f"{name.replace(' ', '_')}{extension}"
             write(graph, (image,), None, path)

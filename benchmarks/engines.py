@@ -101,7 +101,7 @@ def main() -> None:
         f"`python benchmarks/engines.py --rounds {args.rounds}`: `iret_small`, batch 1, one thread, {doctor.processor_name()}; "
         "milliseconds (median), and the share of the saving in MACs against the engine's own full run.",
         "",
-        "| engine | " + " | ".join(f"MACs / {each:.2f}" for each in ratios) + " |",
+        "| engine | " + " | ".join(f"MAC ratio {each:.2f}" for each in ratios) + " |",
         "|---|" + "---|" * len(ratios),
     ]
     for name in args.engines:

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from iret.doctor import describe_device
-from iret.export.bundle import STAGES, _jobs  # what is traced, without the tracing
-from iret.export.form import Form
+from iret.export.bundle import _jobs, _max_batch  # what is traced, without the tracing
+from iret.export.form import PLAIN, Form
 from iret.model import Iret
 from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum
 from iret.runtime.cost import Shape
@@ -30,7 +30,7 @@ def make_model(seed: int = 0, *, is_haar: bool = False, **options) -> Iret:
     return model
 
 
-def write_bundle(model: Iret, folder: Path, form: Form = STAGES) -> Callable:
+def write_bundle(model: Iret, folder: Path, form: Form = PLAIN) -> Callable:
     """A bundle of empty files in `folder`; what loads them in place of an engine: torch, on the graphs that would be exported."""
     jobs = _jobs(model, "onnx", form)
     stages: dict[int, list[GraphFile]] = {}
@@ -48,7 +48,8 @@ def write_bundle(model: Iret, folder: Path, form: Form = STAGES) -> Callable:
         labels=model.labels,
         points=model.points,
         stages=tuple(tuple(each) for each in stages.values()),
-        max_batch=1 if form.single_graph or form.buckets else None,
+        is_convolved=form.convolutions,
+        max_batch=_max_batch("onnx", form),
         checksums={job.name: checksum(folder / job.name) for job in jobs},
     )
     (folder / FILE_NAME).write_text(bundle.to_json())

@@ -156,7 +156,7 @@ def _add_export(verbs) -> None:
     export.add_argument(
         "--convolutions",
         action="store_true",
-        help="wide products as 1x1 convolutions: faster on ONNX Runtime on x86 processors, slower elsewhere",
+        help="linear layers of stages 256 wide or more as 1x1 convolutions: for ONNX Runtime on x86, fp32 alone",
     )
     export.add_argument(
         "--buckets",

@@ -3,7 +3,7 @@
 Read first: `model`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class Output:
 
     logits: Float[Tensor, "B classes"]
     macs: Int[Tensor, " B"]  # multiply-accumulates spent on each image
-    trace: Trace | None
+    trace: Trace | None = field(repr=False)  # it would fill pages
 
 
 class Record:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from iret.export.blocks import Convolution
-from iret.export.bundle import STAGES, _jobs  # what is traced, without the tracing
-from iret.export.form import Form
+from iret.export.blocks import PointwiseConvolution
+from iret.export.bundle import _jobs  # what is traced, without the tracing
+from iret.export.form import PLAIN, Form
 from iret.export.parity import TIE, Parity, compare
 from iret.model import Iret
 from iret.runtime.cost import LIFTINGS
@@ -17,7 +17,7 @@ from iret.runtime.session import Session
 from models import make_model, write_bundle
 
 
-def torch_session(model: Iret, folder: Path, form: Form = STAGES, **options) -> Session:
+def torch_session(model: Iret, folder: Path, form: Form = PLAIN, **options) -> Session:
     """A session whose "engine" is torch on the graphs that would be exported."""
     model = copy.deepcopy(model)  # as a file would be
     load = write_bundle(model, folder, form)
@@ -49,13 +49,17 @@ def test_a_session_keeps_the_model_s_patches_and_gives_its_answers(tmp_path, opt
     assert 0 < parity.logit_error < 2e-5  # 0 would mean that the model was compared with itself
 
 
+def count_convolutions(graph: torch.nn.Module) -> int:
+    return sum(isinstance(each, PointwiseConvolution) for each in graph.modules())
+
+
 @pytest.mark.parametrize("embed_dims", [(16, 256), (256, 256)], ids=str)
-def test_convolutions_stand_for_the_products_of_wide_tokens_and_answer_the_same(tmp_path, embed_dims):
+def test_convolutions_stand_for_the_layers_of_wide_stages_and_answer_the_same(tmp_path, embed_dims):
     model, form = make_model(depths=(1, 2), embed_dims=embed_dims), Form(convolutions=True)
-    products = [
-        sum(isinstance(each, Convolution) for each in job.graph.modules()) for job in _jobs(model, "onnx", form)
-    ]
-    assert products == [6 * depth if width == 256 else 0 for depth, width in zip((1, 2), embed_dims, strict=True)]
+    found = [count_convolutions(job.graph) for job in _jobs(model, "onnx", form)]
+    assert found == [6 * depth if width == 256 else 0 for depth, width in zip((1, 2), embed_dims, strict=True)]
+    [single] = _jobs(model, "onnx", Form(convolutions=True, single_graph=True))
+    assert count_convolutions(single.graph) == sum(found)
     parity = compare(model, torch_session(model, tmp_path, form), make_images(model), batches=(1, 6))
     assert parity.problem is None
     assert parity.agree == parity.compared == 2 * 6 * 5
@@ -64,7 +68,7 @@ def test_convolutions_stand_for_the_products_of_wide_tokens_and_answer_the_same(
 @pytest.mark.parametrize("importance", ["cls", "column"])
 def test_padding_behind_a_key_mask_changes_nothing(tmp_path, importance):
     model = make_model(importance=importance)
-    later = _jobs(model, "onnx", STAGES)[1].graph
+    later = _jobs(model, "onnx", PLAIN)[1].graph
     generator = torch.Generator().manual_seed(0)
     x, pixels = torch.randn(9, 1, 16, generator=generator), torch.randn(4, 3, 8, 8, generator=generator)
     pixels[0] = 0

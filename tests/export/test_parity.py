@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from iret.export import bundle as exporting, parity as checking
+from iret.export.form import PLAIN
 from iret.export.parity import TIE, TOLERANCE, Parity, settings
 from iret.model import Iret
 from iret.output import Output, Trace
@@ -210,7 +211,7 @@ def test_a_graph_that_differs_is_refused_and_leaves_nothing(
     changed = make_model()
     with torch.no_grad():
         changed.stages[-1].head.bias += bias
-    jobs = {job.name + ".onnx": job.graph for job in exporting._jobs(changed, "onnx", exporting.STAGES)}
+    jobs = {job.name + ".onnx": job.graph for job in exporting._jobs(changed, "onnx", PLAIN)}
 
     def load(engine, path, threads):
         def run(inputs):

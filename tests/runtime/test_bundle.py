@@ -45,6 +45,13 @@ def make_points(macs: int, transitions: int) -> OperatingPoints:
     return OperatingPoints(data="made up", num_images=1, full_macs=macs, points=(everything,))
 
 
+@pytest.mark.parametrize("is_convolved", [False, True])
+def test_convolutions_are_noted_where_there_are_any(tmp_path, is_convolved):
+    make_bundle(is_convolved=is_convolved).write(tmp_path)
+    assert ("is_convolved" in json.loads((tmp_path / FILE_NAME).read_bytes())) == is_convolved
+    assert Bundle.read(tmp_path).is_convolved == is_convolved
+
+
 def test_what_is_written_is_read_again(tmp_path):
     bundle = make_bundle(points=make_points(full_macs(SHAPE), 1))
     bundle.write(tmp_path)

@@ -36,24 +36,22 @@ def exported(monkeypatch):
 
 def test_options_arrive(exported, tmp_path, capsys):
     out = tmp_path / "bundle"
-    words = [
-        "export",
-        "iret_pico-cifar10",
-        "--format",
-        "openvino",
-        "--out",
-        str(out),
-        "--buckets",
-        "16,32",
-        "--convolutions",
-    ]
+    words = ["export", "iret_pico-cifar10", "--format", "openvino", "--out", str(out), "--buckets", "16,32"]
     assert main(words) == 0
     assert (exported["name"], exported["kind"], exported["out"]) == ("iret_pico", "openvino", out)
-    assert exported["form"] == Form(buckets=(16, 32), convolutions=True)
+    assert exported["form"] == Form(buckets=(16, 32))
     assert (exported["images"], exported["held_out"]) == (None, None)
     said = capsys.readouterr().err
     assert "4 comparisons: same answer 4" in said
     assert "runs on openvino" in said
+
+
+@pytest.mark.parametrize("word", ["single_graph", "convolutions"])
+def test_each_form_has_its_word(exported, tmp_path, word):
+    words = ["export", "iret_pico-cifar10", "--out", str(tmp_path / "bundle"), f"--{word.replace('_', '-')}"]
+    assert main(words) == 0
+    assert exported["form"] == Form(**{word: True})
+    assert exported["kind"] == "onnx"
 
 
 def test_data_are_held_out_images_as_the_model_takes_them(exported, tmp_path, capsys):

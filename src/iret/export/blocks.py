@@ -10,6 +10,7 @@ the fewer tokens there are, the more of the time that is. Without its blocked la
 Read next: `graphs`.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -23,12 +24,12 @@ from iret import vit
 from iret.attention import attend
 from iret.selection import accumulate
 
-Product = Callable[[nn.Linear], nn.Module]  # how a product with weights is written
-MIN_WIDTH = 256  # of tokens for which convolutions are faster: weights of narrower ones stay in the cache (docs/LOG.md)
+Rewrite = Callable[[nn.Linear], nn.Module]  # what stands for a linear layer
+MIN_CONVOLVED_WIDTH = 256  # convolutions of narrower stages are slower: their weights stay in the cache (docs/LOG.md)
 
 
-class Convolution(nn.Module):
-    """`nn.Linear` as a 1x1 convolution: tokens are the pixels of one image of one row, channels last."""
+class PointwiseConvolution(nn.Module):
+    """A linear layer as a 1x1 convolution, its weights as [E, D, 1, 1]: tokens are pixels of an image of one row, channels last."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class Attention(nn.Module):
     Exporters write the fused kernel in many more steps, every size left open.
     """
 
-    def __init__(self, attention: vit.Attention, importance: str | None, product: Product) -> None:
+    def __init__(self, attention: vit.Attention, importance: str | None, rewrite: Rewrite) -> None:
         """`importance`, "cls" or "column", is read here; None: it is not."""
         super().__init__()
         self.num_heads, self.importance = attention.num_heads, importance
@@ -59,7 +60,7 @@ class Attention(nn.Module):
             ):
                 part.weight.copy_(weight * factor)
                 part.bias.copy_(bias * factor)
-        self.parts, self.proj = nn.ModuleList(map(product, parts)), product(attention.proj)
+        self.parts, self.proj = nn.ModuleList(map(rewrite, parts)), rewrite(attention.proj)
 
     def forward(
         self, x: Float[Tensor, "*one NB D"], batch: int, bias: Float[Tensor, "B 1 1 N"] | None
@@ -81,15 +82,15 @@ class Attention(nn.Module):
 class Blocks(nn.Module):
     """The blocks of one `iret.model.Stage`."""
 
-    def __init__(self, stage: Any, is_scored: bool, convolves: bool = False) -> None:
-        """`convolves`: products are convolutions, where tokens are wide enough to gain by it."""
+    def __init__(self, stage: Any, is_scored: bool, is_convolved: bool = False) -> None:
+        """`is_convolved`: linear layers are 1x1 convolutions, if tokens are wide enough to gain by it."""
         super().__init__()
-        self.is_convolved = convolves and stage.norm.weight.shape[0] >= MIN_WIDTH
-        product: Product = Convolution if self.is_convolved else lambda linear: linear
+        self.is_convolved = is_convolved and stage.norm.weight.shape[0] >= MIN_CONVOLVED_WIDTH
+        rewrite: Rewrite = PointwiseConvolution if self.is_convolved else lambda linear: linear
         unscored = len(stage.blocks) - min(stage.num_scored, len(stage.blocks)) if is_scored else len(stage.blocks)
         self.importance = stage.importance
         self.blocks = nn.ModuleList(
-            _Block(block, None if place < unscored else stage.importance, product)
+            _Block(block, None if place < unscored else stage.importance, rewrite)
             for place, block in enumerate(stage.blocks)
         )
         if is_scored:  # of each scored block's heads, in the running mean over them
@@ -121,16 +122,17 @@ class Blocks(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, block: Any, importance: str | None, product: Product) -> None:
+    def __init__(self, block: Any, importance: str | None, rewrite: Rewrite) -> None:
         super().__init__()
         self.norm1, self.norm2 = block.norm1, block.norm2
-        self.attn = Attention(block.attn, importance, product)
-        self.fc1, self.fc2 = product(block.mlp.fc1), product(block.mlp.fc2)
+        self.attn = Attention(block.attn, importance, rewrite)
+        assert type(block.mlp) is vit.Mlp, "only two layers with GELU between are written out here"
+        self.mlp = nn.Sequential(OrderedDict(fc1=rewrite(block.mlp.fc1), act=nn.GELU(), fc2=rewrite(block.mlp.fc2)))
 
     def forward(self, x: Tensor, batch: int, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         update, logits = self.attn(self.norm1(x), batch, bias)
         x = x + update
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)))), logits
+        return x + self.mlp(self.norm2(x)), logits
 
 
 def _plus(logits: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from torch.export import Dim
 
 from iret import doctor
 from iret.export.accuracy import HeldOut
-from iret.export.form import Form
+from iret.export.form import PLAIN, Form
 from iret.export.graphs import FirstStage, LaterStage, SingleGraph
 from iret.export.int8 import Calls, record_inputs
 from iret.export.parity import Parity, check, settings
@@ -32,8 +32,6 @@ MAX_BATCH = 8  # images a call of an ExecuTorch program, whose memory is planned
 ANY_BATCH = 4096  # a bound that torch.export asks for; the file holds none
 LABELS_NAME = "labels.txt"
 
-STAGES = Form()
-
 Say = Callable[[str], None]
 Traced = tuple[nn.Module, tuple[Tensor, ...], Axes | None]  # a graph, what to trace it with, which axes may change
 
@@ -42,7 +40,7 @@ def export(
     model: Iret,
     out: Path,
     kind: str = "onnx",
-    form: Form = STAGES,
+    form: Form = PLAIN,
     *,
     images: Tensor | None = None,
     held_out: HeldOut | None = None,
@@ -50,7 +48,7 @@ def export(
 ) -> tuple[Bundle, Parity]:
     """Write `model`, in eval mode on the CPU, as a bundle of `kind` into the folder `out`, which is new or an older bundle.
 
-    `images` [B, C, Y, X]: what the bundle is checked on, and int8 calibrated on, as the model takes them; None: noise and
+    `form`: how its graphs are written. `images` [B, C, Y, X]: what the bundle is checked on, and int8 calibrated on, as the model takes them; None: noise and
     smooth blobs, which calibrate nothing. `held_out`: others, on which int8 is judged and thresholds without exits are measured.
 
     Raises:
@@ -95,14 +93,14 @@ def _jobs(model: Iret, kind: str, form: Form) -> list[_Job]:
     model = model.eval()
     with torch.no_grad():
         if form.single_graph:
-            return [_Job("model", 0, None, *_single_graph(model, form.convolutions))]
+            return [_Job("model", 0, None, *_single_graph(model, form))]
         limit = _max_batch(kind, form)
         counts: list[int | None] = [*sorted({*form.buckets, model.shape.num_patches})] if form.buckets else [None]
-        jobs = [_Job("stage_0", 0, None, *_first_stage(model, limit, form.convolutions))]
+        jobs = [_Job("stage_0", 0, None, *_first_stage(model, limit, form))]
         for index in range(1, len(model.stages)):
             for count in counts:
                 name, width = (f"stage_{index}", None) if count is None else (f"stage_{index}_{count}", count + 1)
-                jobs.append(_Job(name, index, width, *_later_stage(model, index, width, limit, form.convolutions)))
+                jobs.append(_Job(name, index, width, *_later_stage(model, index, width, limit, form)))
         return jobs
 
 
@@ -190,14 +188,14 @@ def _batch(max_batch: int | None) -> Dim:
     return Dim("batch", min=1, max=max_batch or ANY_BATCH)
 
 
-def _first_stage(model: Iret, max_batch: int | None, convolves: bool) -> Traced:
+def _first_stage(model: Iret, max_batch: int | None, form: Form) -> Traced:
     shape = model.shape
     is_fixed = max_batch == 1
     images = torch.zeros(1 if is_fixed else 2, shape.in_chans, *shape.img_size)
-    return FirstStage(model, convolves), (images,), None if is_fixed else ({0: _batch(max_batch)},)
+    return FirstStage(model, is_convolved=form.convolutions), (images,), None if is_fixed else ({0: _batch(max_batch)},)
 
 
-def _later_stage(model: Iret, index: int, width: int | None, max_batch: int | None, convolves: bool) -> Traced:
+def _later_stage(model: Iret, index: int, width: int | None, max_batch: int | None, form: Form) -> Traced:
     """`width` fixes the tokens of an image, and with them everything."""
     shape = model.shape
     batch, tokens = (2, shape.min_keep + 2) if width is None else (1, width)
@@ -209,7 +207,7 @@ def _later_stage(model: Iret, index: int, width: int | None, max_batch: int | No
         torch.zeros(tokens, batch, dtype=torch.int64),
         torch.zeros(batch, tokens),
     )
-    graph = LaterStage(model, index, convolves)
+    graph = LaterStage(model, index, is_convolved=form.convolutions)
     if width is not None:
         return graph, inputs, None
     every = shape.num_patches + 1
@@ -219,9 +217,9 @@ def _later_stage(model: Iret, index: int, width: int | None, max_batch: int | No
     return graph, inputs, (by_token, by_token, by_row, by_token, by_image)
 
 
-def _single_graph(model: Iret, convolves: bool) -> Traced:
+def _single_graph(model: Iret, form: Form) -> Traced:
     shape = model.shape
     # uneven images, so that tracing sees the general case
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, shape.in_chans, *shape.img_size, generator=generator)
-    return SingleGraph(model, convolves), (images, torch.ones(len(model.transitions), 2)), None
+    return SingleGraph(model, is_convolved=form.convolutions), (images, torch.ones(len(model.transitions), 2)), None

@@ -82,12 +82,15 @@ def patches_of(images: Float[Tensor, "B C Y X"], side: int) -> Float[Tensor, "K 
 
 
 class StageGraph(nn.Module):
-    """The blocks of one stage and its head, on a dense batch."""
+    """The blocks of one stage and its head, on a dense batch.
 
-    def __init__(self, model: Iret, index: int, convolves: bool) -> None:
+    `is_convolved`, here and below: linear layers of blocks whose tokens are wide are 1x1 convolutions.
+    """
+
+    def __init__(self, model: Iret, index: int, *, is_convolved: bool) -> None:
         super().__init__()
         stage = model.stages[index]
-        self.blocks = Blocks(stage, index < len(model.stages) - 1, convolves)
+        self.blocks = Blocks(stage, is_scored=index < len(model.stages) - 1, is_convolved=is_convolved)
         self.norm, self.head = stage.norm, stage.head
 
     def through(self, x: Float[Tensor, "NB D"], batch: int, bias: Float[Tensor, "B N"] | None) -> tuple[Tensor, ...]:
@@ -100,8 +103,8 @@ class StageGraph(nn.Module):
 class FirstStage(StageGraph):
     """From images to the first choice: the coarse band of every patch, thin tokens."""
 
-    def __init__(self, model: Iret, convolves: bool = False) -> None:
-        super().__init__(model, 0, convolves)
+    def __init__(self, model: Iret, *, is_convolved: bool = False) -> None:
+        super().__init__(model, 0, is_convolved=is_convolved)
         self.num_cells = model.shape.num_patches
         self.coarse = Coarse(model.lifting, model.shape)
         self.patch_embed = model.patch_embed
@@ -121,8 +124,8 @@ class FirstStage(StageGraph):
 class LaterStage(StageGraph):
     """From the tokens that stay to the next choice: wider, with details where it looked again."""
 
-    def __init__(self, model: Iret, index: int, convolves: bool = False) -> None:
-        super().__init__(model, index, convolves)
+    def __init__(self, model: Iret, index: int, *, is_convolved: bool = False) -> None:
+        super().__init__(model, index, is_convolved=is_convolved)
         self.transition = model.transitions[index - 1]
         self.details = Details(model.lifting, model.shape, model.shape.detail_level(index))
 
@@ -156,10 +159,12 @@ class SingleGraph(nn.Module):
 
     output_names = ("logits", "kept", "refined", "importance")
 
-    def __init__(self, model: Iret, convolves: bool = False) -> None:
+    def __init__(self, model: Iret, *, is_convolved: bool = False) -> None:
         super().__init__()
-        self.first = FirstStage(model, convolves)
-        self.later = nn.ModuleList(LaterStage(model, index, convolves) for index in range(1, len(model.stages)))
+        self.first = FirstStage(model, is_convolved=is_convolved)
+        self.later = nn.ModuleList(
+            LaterStage(model, index, is_convolved=is_convolved) for index in range(1, len(model.stages))
+        )
         self.num_cells, self.min_keep = model.shape.num_patches, model.shape.min_keep
         self.patch_size = model.shape.patch_size
 

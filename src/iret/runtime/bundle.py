@@ -45,7 +45,7 @@ class Bundle:
     stages: tuple[tuple[GraphFile, ...], ...]
     max_batch: int | None  # images a call at most; None: any
     checksums: dict[str, str]  # file -> SHA-256
-    is_convolved: bool = False  # its wide products are convolutions
+    is_convolved: bool = False  # layers of its wide stages are convolutions
     versions: dict[str, str] = field(default_factory=dict)
     check: dict[str, Any] = field(default_factory=dict)  # how far it was from the model, when it was written
 
@@ -80,6 +80,8 @@ class Bundle:
     def to_json(self) -> str:
         """`read` reads it."""
         raw = asdict(self)
+        if not self.is_convolved:
+            del raw["is_convolved"]  # versions before it read all other bundles of this format
         raw["points"] = None if self.points is None else json.loads(self.points.to_json())
         return json.dumps({"format": FORMAT, **raw}, indent=1) + "\n"
 
