@@ -29,7 +29,7 @@ MIN_CONVOLVED_WIDTH = 256  # convolutions of narrower stages are slower: their w
 
 
 class PointwiseConvolution(nn.Module):
-    """A linear layer as a 1x1 convolution, its weights as [E, D, 1, 1]: tokens are pixels of an image of one row, channels last."""
+    """A linear layer as a 1x1 convolution, weights [E, D, 1, 1]: tokens are pixels of an image of one row, channels last."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
