@@ -37,7 +37,7 @@ class Form:
         wrong = [
             (
                 self.single_graph and kind == "executorch",
-                "ExecuTorch runs a graph with data-dependent sizes 12 times too slowly (docs/export.md); leave out --single-graph.",
+                "ExecuTorch runs a graph of data-dependent sizes 12 times too slowly (docs/export.md); leave out --single-graph.",
             ),
             (
                 self.single_graph and bool(self.buckets),
@@ -56,7 +56,7 @@ class Form:
             ),
             (
                 bool(bad),
-                f"bucket {bad and bad[0]} is outside [{shape.min_keep}, {shape.num_patches}], the patches that an image can keep.",
+                f"bucket {bad and bad[0]} is outside [{shape.min_keep}, {shape.num_patches}], the patches that images keep.",
             ),
         ]
         found = [sentence for is_wrong, sentence in wrong if is_wrong]
