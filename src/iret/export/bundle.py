@@ -49,7 +49,8 @@ def export(
     """Write `model`, in eval mode on the CPU, as a bundle of `kind` into the folder `out`, which is new or an older bundle.
 
     `form`: how its graphs are written. `images` [B, C, Y, X]: what the bundle is checked on, and int8 calibrated on, as the
-    model takes them; None: noise and smooth blobs, which calibrate nothing. `held_out`: others, on which int8 is judged and thresholds without exits are measured.
+    model takes them; None: noise and smooth blobs, which calibrate nothing. `held_out`: others, on which int8 is judged and
+    thresholds without exits are measured.
 
     Raises:
         ValueError: a converted model, an option that the kind cannot do, a folder that is something else, a bundle that differs
