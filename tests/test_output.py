@@ -38,6 +38,7 @@ def test_without_a_choice_every_patch_is_kept_and_refined_but_for_the_first_stag
     out = record((EVERYONE, answers), (EVERYONE, -answers), scored=False)
     assert out.trace.kept.shape == out.trace.refined.shape == (2, 3, 2, 3)
     assert out.trace.kept.all()
+    assert "kept" not in repr(out), "it would fill pages"
     assert not out.trace.refined[0].any()
     assert out.trace.refined[1].all()
     assert torch.equal(out.logits, -answers)
