@@ -201,6 +201,41 @@ def test_a_gauge_that_goes_on_falling_far_faster_overrules_the_reckoning(step, i
     assert battery.has_overruled and battery.left == (1000 - 10.0 * images) // (step or 1) * (step or 1)
 
 
+def test_a_gauge_that_falls_a_little_faster_than_is_believable_is_learned_from_too():
+    """Neither is it far off within sixteen images, nor does it wait for more."""
+    found = drain(Battery(None), [4.03] * SETTLE_IMAGES)
+    assert found[-1] == (4.0, SETTLE_IMAGES)
+
+
+def test_what_an_image_can_believably_take_is_counted_from_the_table():
+    factor = Factor("joules")
+    assert factor.room == 4.0
+    for _ in range(1000):
+        factor.take(3.0, 1.0, 1, [])
+    assert factor.room == pytest.approx(4 / 3, rel=0.01)
+    factor.rescale(5.0)
+    assert factor.room == 4.0
+    for _ in range(1000):
+        factor.take(1e-9, 1.0, 1, [])
+    assert factor.room == 4.0  # of what it is believed to take now
+
+
+def test_a_gauge_that_falls_faster_than_there_is_room_for_overrules():
+    battery = Battery(None)
+    for image in range(40):
+        battery.spend(1.0, 1)
+        battery.read(1000 - 2.0 * image, None, [], room=1.2)
+    assert battery.has_overruled
+
+
+def test_falls_that_tell_nothing_yet_do_not_make_steep_ones_forgotten():
+    """Idle power that hides sixteen images."""
+    battery = Battery(None)
+    found = [each for each in drain(battery, [5.0] * 120, start=10_000.0, idle=20.0) if each]
+    assert battery.has_overruled
+    assert found[0][0] == pytest.approx(5.0)
+
+
 def test_neither_a_jump_nor_the_rest_of_a_whole_percent_enters_the_slope():
     battery = Battery(None)
     found = drain(battery, [333.0, *[10.0] * 5, 300.0, *[10.0] * 11])

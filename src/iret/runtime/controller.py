@@ -326,8 +326,8 @@ class Controller:
     def _hear(self, battery: Battery, reading: Reading, is_metered: bool, doubts: list[str]) -> None:
         """What the gauge says of the costs: a correction where there is no meter, and far off it overrules all else."""
         factor = self._joule_factor
-        seen = battery.read(reading.battery_joules, reading.battery_share, doubts)
-        if seen is not None and battery.has_overruled and not FACTORS[0] < seen[0] <= FACTORS[1]:
+        seen = battery.read(reading.battery_joules, reading.battery_share, doubts, factor.room)
+        if seen is not None and battery.has_overruled and not FACTORS[0] < seen[0] <= factor.room:
             factor.rescale(seen[0])
         elif seen is not None and not is_metered:
             factor.take(seen[0] * factor.value, 1.0, seen[1], doubts)

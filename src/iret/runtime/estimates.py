@@ -54,6 +54,11 @@ class Factor:
         self.value += weight * (bounded - self.value)
         return table * ratio
 
+    @property
+    def room(self) -> float:
+        """How many times what is believed now an image can believably take: at most that many times the table's."""
+        return FACTORS[1] * min(1.0, self._base / self.value)
+
     def rescale(self, ratio: float) -> None:
         """The table is off: things cost `ratio` times what was believed, and what is believable lies around that."""
         self.value = self._base = max(1.0, ratio * self.value)
@@ -125,11 +130,13 @@ class Battery:
         self._used, self._idle, self._images = self._used + used, self._idle + idle, self._images + images
         self._blur = max(self._blur, used + idle)  # a gauge that moves in steps is late by up to one such spell
 
-    def read(self, joules: float | None, share: float | None, doubts: list[str]) -> tuple[float, int] | None:
+    def read(
+        self, joules: float | None, share: float | None, doubts: list[str], room: float = FACTORS[1]
+    ) -> tuple[float, int] | None:
         """Believe the gauge at once if it is below the reckoning, else after it has fallen plausibly for a while.
 
-        Returns, each time that it tells what images take, this over what was reckoned, and of how many images: within
-        `FACTORS`, or above where it overrules the reckoning.
+        Returns, each time that it tells what images take, this over what was reckoned, and of how many images: from `FACTORS[0]`
+        to `room`, or above where it overrules the reckoning.
         """
         gauge = self._hear(joules, share, doubts)
         if gauge is None:
@@ -138,7 +145,7 @@ class Battery:
             self.left = gauge
         moves, self._last, self._highest = gauge < self._last, gauge, max(self._highest, gauge)
         fall, used, images = 0.0 if self._mark is None else self._mark - gauge, self._used, self._images
-        taken, most = fall - self._idle, FACTORS[1] * used  # by the images
+        taken, most = fall - self._idle, room * used  # by the images
         if fall < 0:
             doubts.append("the battery gauge rose; it is believed once it falls again as it should")
         if self._mark is None or fall < 0:
@@ -148,13 +155,13 @@ class Battery:
             self._steep.append((taken / used, taken, used, images))
             self._restart(gauge)
             return self._overrule()
-        elif moves and images >= SETTLE_IMAGES and taken <= most:
+        elif moves and images >= SETTLE_IMAGES:
             if self.has_overruled or fall >= FACTORS[0] * (used + self._idle):
-                self._steep, self.left = [], gauge
+                self.left = gauge
                 if self._blur <= BLUR * used:
                     self._restart(gauge)
-                    self.is_confirmed = True
-                    return max(taken / used, FACTORS[0]), images
+                    self._steep, self.is_confirmed = [], True
+                    return min(max(taken / used, FACTORS[0]), room), images
         elif fall == 0 and used + self._idle > STUCK_SHARE * self._highest:
             doubts.append("the battery gauge does not move; energy is reckoned instead")
         return None
