@@ -236,6 +236,17 @@ def test_falls_that_tell_nothing_yet_do_not_make_steep_ones_forgotten():
     assert found[0][0] == pytest.approx(5.0)
 
 
+@pytest.mark.parametrize(("step", "heard"), [(0.0, 1), (150.0, 0)])
+def test_a_gauge_that_has_fallen_by_little_is_fine_enough_to_see_images_between_long_pauses(step, heard):
+    battery, left, found = Battery(None), 10_000.0, []
+    for image in range(2 * SETTLE_IMAGES):
+        idle = 100.0 if image % 8 == 4 else 0.0
+        left -= 3.0 + idle
+        battery.spend(1.0, 1, idle)
+        found.append(battery.read(math.floor(left / step) * step if step else left, None, []))
+    assert [each for each in found if each] == [(pytest.approx(3.0), SETTLE_IMAGES)] * heard
+
+
 def test_neither_a_jump_nor_the_rest_of_a_whole_percent_enters_the_slope():
     battery = Battery(None)
     found = drain(battery, [333.0, *[10.0] * 5, 300.0, *[10.0] * 11])

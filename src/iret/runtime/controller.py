@@ -180,7 +180,8 @@ class Controller:
     A gauge that goes on falling faster than that, over 16 images and in more than two falls, so not by a jump, overrules
     table and meter and is the only meter from then on: estimates are of the arithmetic alone, often a thousandth of what
     a device takes. Until this is known, some 20 images by a fine gauge, or 4 % of the battery by one in whole percent, go at
-    the wrong cost; with 40 of the dearest images and a fifth of the energy to spare the battery lasts all the same.
+    the wrong cost; with 40 of the dearest images and a fifth of the energy to spare the battery lasts all the same (seen: on each
+    of 32,000 days with costs 2 to 2,000 times the table's, three quarters of them up to 6.5, where it is longest in doubt).
     Without a gauge a full battery of `Goal.battery_joules` is assumed; without that too, nothing is known, and the cheapest
     rung (above the floor) is taken. The thermometer is a median of three; without one for a minute the cap is assumed to be
     reached. Not to be seen: a thermometer that is stuck, a clock that leaps ahead, a gauge and a meter that lie alike.

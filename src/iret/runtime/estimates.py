@@ -119,6 +119,7 @@ class Battery:
         self.is_confirmed = False  # the gauge has told what images take, or ...
         self.has_overruled = False  # ... even that table and meter are so far off that it alone is believed
         self._highest, self._last = 0.0, math.inf
+        self._finest = math.inf  # the least that it ever fell by: its steps are no larger
         self._mark: float | None = None  # a reading; since then, reckoned:
         self._used, self._idle, self._blur, self._images = 0.0, 0.0, 0.0, 0
         self._steep: list[tuple[float, float, float, int]] = []  # falls in a row: J over reckoned J, both, images
@@ -143,7 +144,10 @@ class Battery:
             return None
         if self.left is None or gauge < self.left:
             self.left = gauge
-        moves, self._last, self._highest = gauge < self._last, gauge, max(self._highest, gauge)
+        moves = gauge < self._last
+        if moves and self._last < math.inf:
+            self._finest = min(self._finest, self._last - gauge)
+        self._last, self._highest, blur = gauge, max(self._highest, gauge), min(self._blur, self._finest)
         fall, used, images = 0.0 if self._mark is None else self._mark - gauge, self._used, self._images
         taken, most = fall - self._idle, room * used  # by the images
         if fall < 0:
@@ -151,14 +155,14 @@ class Battery:
         if self._mark is None or fall < 0:
             self._steep = []
             self._restart(gauge)
-        elif used and taken > most + self._blur:
+        elif used and taken > most + blur:
             self._steep.append((taken / used, taken, used, images))
             self._restart(gauge)
             return self._overrule()
         elif moves and images >= SETTLE_IMAGES:
             if self.has_overruled or fall >= FACTORS[0] * (used + self._idle):
                 self.left = gauge
-                if self._blur <= BLUR * used:
+                if blur <= BLUR * used:
                     self._restart(gauge)
                     self._steep, self.is_confirmed = [], True
                     return min(max(taken / used, FACTORS[0]), room), images
