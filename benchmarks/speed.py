@@ -3,7 +3,7 @@
 For each MAC ratio two things run in turn on the same image: `model(images, budget=)` at thresholds that give that ratio, and the
 *ceiling*, the same layers at the same token counts on dense tensors, nothing scored, selected or gathered (fixed slices). At the
 full count the ceiling is the *plain* model, against which `model(images)` is held; the blocks alone, without embedding,
-transitions and head, are timed beside it. Choosing (scoring, accumulating, rules, gathering) is also timed
+transitions and head, are timed beside it. Choosing (scoring, rules, gathering) is also timed
 inside. `model.run`, which also answers at every stage and keeps the trace, is timed beside it, and the same budget after
 `model.compile()`, held against the same eager ceiling. What scoring takes in a compiled graph is the time of its stages with
 it less that without.
@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 import iret.model
-import iret.vit
 from iret import doctor
 from iret.precision import prepare
 from iret.runtime.cost import full_macs
@@ -90,9 +89,7 @@ class Stopwatch:
 
     def include_scores(self) -> None:
         """What stages do, too; a compiled one would have to be compiled again at every call."""
-        iret.model.accumulate = self._timed(iret.model.accumulate)
-        scores = iret.vit.IMPORTANCE_FUNCTIONS
-        scores["cls"] = self._timed(scores["cls"])
+        iret.model.Stage.received = self._timed(iret.model.Stage.received)
 
     def _timed(self, function: Callable) -> Callable:
         def timed(*args, **options):

@@ -20,6 +20,7 @@ import models
 from iret.model import Iret
 from iret.runtime.cost import LIFTINGS, full_macs, macs
 from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, Point, Setting
+from iret.tokens import pack
 from iret.vit import lay_out
 
 ROUNDING = 2e-5  # float32 through three stages, logits of a few units
@@ -369,11 +370,24 @@ def test_no_gradient_reaches_details_that_were_not_sampled():
     assert (images.grad.abs() > 0).any()
 
 
+def test_the_latest_scored_block_weighs_most_and_no_gradient_passes():
+    stage = make_model(scored_blocks=3, depths=(4, 2, 2)).stages[0]
+    heads = stage.blocks[0].attn.num_heads
+    shares = torch.tensor([0.25, 0.25, 0.5]).repeat_interleave(heads) / heads
+    assert torch.equal(stage.head_shares, shares)
+    with torch.enable_grad():
+        after, received = stage(pack(torch.randn(2, 25, 16)), is_scored=True)
+    assert after.x_TD.requires_grad
+    assert not received.requires_grad
+    torch.testing.assert_close(received.view(2, 25).sum(1), torch.ones(2), rtol=0, atol=1e-6)  # float32, sums of 24
+    assert received[[0, 25]].tolist() == [0.0, 0.0]
+
+
 def test_a_dropped_patch_computes_nothing_any_more():
     model, images = make_model(), make_images()
     widths = []
     for stage in model.stages:
-        stage.blocks[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[0]))
+        stage.blocks[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[:-1].numel()))
     out = model.run(images, 0.9)
     assert widths == [sum(stage) + 4 for stage in kept_counts(out)]
 

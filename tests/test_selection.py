@@ -172,7 +172,7 @@ def test_accumulation_weighs_the_latest_block_most():
 
 
 def test_kept_tokens_stay_in_image_order():
-    cut, left = select(pack(torch.arange(10.0).view(2, 5, 1)), layout("xxxx", "xxxx"), chosen("x..x", ".xxx"))
+    cut, left, _ = select(pack(torch.arange(10.0).view(2, 5, 1)), layout("xxxx", "xxxx"), chosen("x..x", ".xxx"))
     assert cut.x_TD.flatten().tolist() == [0, 1, 4, 5, 7, 8, 9]
     assert cut.cell_T.tolist() == left.cell_T.tolist() == [-1, 0, 3, -1, 1, 2, 3]
     assert cut.starts.tolist() == left.starts.tolist() == [0, 3, 7]
@@ -189,14 +189,14 @@ def test_equal_counts_are_noticed():
 
 
 def test_the_class_token_always_stays():
-    cut, _ = select(pack(torch.zeros(3, 5, 1)), layout(*["xxxx"] * 3), chosen(*["...."] * 3))
+    cut, *_ = select(pack(torch.zeros(3, 5, 1)), layout(*["xxxx"] * 3), chosen(*["...."] * 3))
     assert cut.cell_T.tolist() == [-1, -1, -1]
     assert cut.starts.tolist() == [0, 1, 2, 3]
 
 
 def test_a_second_cut_finds_cells_not_places():
-    tokens, left = select(pack(torch.arange(5.0).view(1, 5, 1)), layout("xxxx"), chosen(".x.x"))
-    again, _ = select(tokens, left, Choice(np.array([True, False, True]), None))
+    tokens, left, _ = select(pack(torch.arange(5.0).view(1, 5, 1)), layout("xxxx"), chosen(".x.x"))
+    again, *_ = select(tokens, left, Choice(np.array([True, False, True]), None))
     assert again.cell_T.tolist() == [-1, 3]
     assert again.x_TD.flatten().tolist() == [0, 4]
 
@@ -208,10 +208,10 @@ def test_sizes_travel_with_their_tokens():
 
 def test_masking_sets_sizes_to_zero_and_moves_nothing():
     tokens = pack(torch.arange(10.0).view(2, 5, 1))
-    cut, left = select(tokens, layout("xxxx", "xxxx"), chosen("x..x", ".xxx"), masked=True)
+    cut, left, _ = select(tokens, layout("xxxx", "xxxx"), chosen("x..x", ".xxx"), masked=True)
     assert torch.equal(cut.x_TD, tokens.x_TD)
     assert cut.size_T.tolist() == left.live_T.astype(float).tolist() == [1, 1, 0, 0, 1, 1, 0, 1, 1, 1]
-    again, left = select(cut, left, chosen("...x", "x..x"), masked=True)
+    again, left, _ = select(cut, left, chosen("...x", "x..x"), masked=True)
     assert again.size_T.tolist() == left.live_T.astype(float).tolist() == [1, 0, 0, 0, 1, 1, 0, 0, 0, 1]
     assert again.is_even
 

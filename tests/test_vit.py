@@ -103,27 +103,21 @@ def test_the_mlp_has_the_width_it_was_asked_for():
 def test_evidence_is_given_only_where_it_is_asked_for():
     attention, tokens = randomise(Attention(32, 2)), ragged((5, 3), 32)
     plain, nothing = attention(tokens.x_TD, tokens)
-    update, evidence = attention(tokens.x_TD, tokens, "cls")
+    update, _ = attention(tokens.x_TD, tokens, "cls")
     assert nothing is None
     assert torch.equal(update, plain)
-    assert evidence.importance_T.shape == (8,)
-    assert attention(tokens.x_TD[None], None, "cls")[1] is None
 
 
-@pytest.mark.parametrize("importance", ["cls", "column"])
-def test_evidence_sums_to_one_an_image_and_carries_no_gradient(importance):
-    attention, tokens = randomise(Attention(32, 2)), ragged((5, 3), 32)
-    update, evidence = attention(tokens.x_TD, tokens, importance)
-    assert update.requires_grad
-    assert not evidence.importance_T.requires_grad
-    sums = torch.stack([part.sum() for part in evidence.importance_T.split((5, 3))])
-    torch.testing.assert_close(sums, torch.ones(2), rtol=0, atol=1e-6)  # float32, sums of 5
-
-
-def test_class_and_column_evidence_differ():
-    attention, tokens = randomise(Attention(32, 2)), ragged((5, 3), 32)
-    cls, column = (attention(tokens.x_TD, tokens, name)[1].importance_T for name in ("cls", "column"))
-    assert (cls - column).abs().max() > 1e-3
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_evidence_is_the_queries_that_are_asked_and_all_keys(is_dense):
+    attention, tokens = randomise(Attention(32, 2)), ragged((4, 4), 32)
+    q, k, _ = attention.qkv(tokens.x_TD).view(8, 3, 2, 16).unbind(1)
+    x, own = (tokens.x_TD.view(2, 4, 32), None) if is_dense else (tokens.x_TD, tokens)
+    classes, columns = (attention(x, own, name)[1] for name in ("cls", "column"))
+    torch.testing.assert_close(classes.q, q[[0, 4]])
+    torch.testing.assert_close(columns.q.reshape(q.shape), q)
+    for evidence in (classes, columns):
+        torch.testing.assert_close(evidence.k.reshape(k.shape), k)
 
 
 # ---- drop path

@@ -166,57 +166,63 @@ def _setup_context(ctx, inputs, output) -> None:
 _attend_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-# ---- importance
+# ---- importance, from queries and keys of all heads that are asked, of one block or of several side by side
 
 
 def class_row(
-    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens
-) -> Float[Tensor, "*tokens"]:
-    """Attention of each image's class token over its patches: mean over heads, sums to 1 an image, 0 at class tokens."""
+    q: Float[Tensor, "B H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens, shares: Float[Tensor, " H"]
+) -> Float[Tensor, " T"]:
+    """Attention of class tokens `q` over the patches of their image, heads by `shares`: sums to 1 an image, 0 at class tokens."""
     # The same in fewer steps, each of which costs at batch 1. They round differently, which would tell in half precision.
-    if tokens.batch_size == 1 and tokens.size_T is None and q.dtype == torch.float32:
-        keys, unread, scale = k[1:].permute(1, 2, 0), q[:1, :1, :1], q.shape[-1] ** -0.5
-        logits_HQN = torch.baddbmm(unread, q[:1].transpose(0, 1), keys, beta=0, alpha=scale)
-        received = logits_HQN.softmax(-1).mean((0, 1))
-        return torch.cat([received.new_zeros(1), received])
-    return _over_patches(q[tokens.starts[:-1]].unsqueeze(1), k, tokens)
+    if k.dim() == 4 and len(k) == 1 and q.dtype == torch.float32:
+        unread, scale = q[:1, :1, :1], q.shape[-1] ** -0.5
+        logits_HQN = torch.baddbmm(unread, q.transpose(0, 1), k[0].permute(1, 2, 0), beta=0, alpha=scale)
+        logits_HQN[..., 0] = -torch.inf
+        return shares @ logits_HQN.softmax(-1)[:, 0]
+    return _over_patches(q.unsqueeze(1), k, tokens, shares)
 
 
 def column_mean(
-    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens
-) -> Float[Tensor, "*tokens"]:
-    """Attention over an image's patches from all its tokens: mean over heads and queries, normalised as `class_row`."""
+    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens, shares: Float[Tensor, " H"]
+) -> Float[Tensor, " T"]:
+    """Attention over an image's patches from all its tokens: mean over queries, normalised as `class_row`."""
+    if k.dim() == 4:
+        return _over_patches(q, k, tokens, shares)
     index, is_live = _places(tokens)
     if tokens.size_T is not None:
         is_live = is_live & (tokens.size_T > 0)[index]
-    return _over_patches(q[index], k, tokens, is_live)
+    return _over_patches(q[index], k, tokens, shares, is_live)
 
 
 def _places(tokens: Tokens) -> tuple[Int[Tensor, "B N"], Tensor]:
     return pad_index(tokens.starts, tokens.width)
 
 
-def _over_patches(q_BQHE: Tensor, k: Tensor, tokens: Tokens, query_is_live: Tensor | None = None) -> Tensor:
-    """Softmax of the given queries over the patches of their image, mean over heads and (live) queries, packed."""
-    batch, scale = tokens.batch_size, q_BQHE.shape[-1] ** -0.5
+def _over_patches(
+    q_BQHE: Tensor, k: Tensor, tokens: Tokens, shares: Tensor, query_is_live: Tensor | None = None
+) -> Tensor:
+    """Softmax of the given queries over the patches of their image, heads by their shares, mean over (live) queries, packed."""
+    batch, scale, is_live = tokens.batch_size, q_BQHE.shape[-1] ** -0.5, None
     q_BHEQ = (q_BQHE * scale).permute(0, 2, 3, 1)
-    if tokens.is_even:
-        k_BNHE, is_live = k.unflatten(0, (batch, -1))[:, 1:], None
+    if k.dim() == 4:
+        k_BNHE = k
+    elif tokens.is_even:
+        k_BNHE = k.unflatten(0, (batch, -1))
     else:
         index, is_live = _places(tokens)
-        k_BNHE, is_live = k[index][:, 1:], is_live[:, 1:]
-    logits = (k_BNHE.transpose(1, 2) @ q_BHEQ).mT  # [B, H, Q, N]
+        k_BNHE, is_live = k[index], is_live[:, 1:]
+    logits = (k_BNHE[:, 1:].transpose(1, 2) @ q_BHEQ).mT  # [B, H, Q, N]
     if tokens.size_T is not None:
         size = tokens.size_T.view(batch, -1) if is_live is None else tokens.size_T[index]
         logits = logits + size[:, None, None, 1:].log()
     if is_live is not None:
         logits = logits.masked_fill(~is_live[:, None, None], float("-inf"))
-    weights = logits.float().softmax(-1)
+    weights = (logits.float().softmax(-1) * shares[:, None, None]).sum(1)
     if query_is_live is None:
-        weights = weights.mean((1, 2))
+        weights = weights.mean(1)
     else:
         alive = query_is_live[..., None].float()
-        weights = (weights.mean(1) * alive).sum(1) / alive.sum(1)
+        weights = (weights * alive).sum(1) / alive.sum(1)
     weights = F.pad(weights, (1, 0))
     if is_live is None:
         return weights.flatten()

@@ -17,6 +17,7 @@ early exit is the journal version's anytime prediction.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iret.attention import ATTENTIONS
+from iret.attention import ATTENTIONS, IMPORTANCE_FUNCTIONS
 from iret.classifier import Classifier
 from iret.lifting import Lifting, lifting_penalty
 from iret.output import Output, Record
@@ -35,7 +36,7 @@ from iret.runtime.points import Plan, Point
 from iret.runtime.timing import strengths_of
 from iret.selection import accumulate, check_control, replace_importance, select, take_images
 from iret.tokens import Tokens, pack
-from iret.vit import NORM_EPS, Block, init_linear, sincos_positions
+from iret.vit import NORM_EPS, Block, Evidence, init_linear, sincos_positions
 
 MAX_GRAPHS = 64  # of one compiled model; torch would stop at 8
 
@@ -43,26 +44,39 @@ MAX_GRAPHS = 64  # of one compiled model; torch would stop at 8
 class Stage(nn.Module):
     """Blocks of one width, with the head that can answer after them."""
 
+    head_shares: Tensor  # of each head of the scored blocks, in the running mean over those blocks
+
     def __init__(self, shape: Shape, index: int, attention: str, drop_path_rates: list[float]) -> None:
         super().__init__()
         dim = shape.embed_dims[index]
         self.importance = shape.importance
         self.num_scored = min(shape.scored_blocks, shape.depths[index]) if shape.importance == "cls" else 1
+        heads = dim // shape.head_dim
         self.blocks = nn.ModuleList(
-            Block(dim, dim // shape.head_dim, shape.mlp_ratio, rate, ATTENTIONS[attention]) for rate in drop_path_rates
+            Block(dim, heads, shape.mlp_ratio, rate, ATTENTIONS[attention]) for rate in drop_path_rates
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.head = nn.Linear(dim, shape.num_classes) if shape.num_classes else nn.Identity()
+        shares = reduce(accumulate, torch.eye(self.num_scored)).repeat_interleave(heads) / heads
+        self.register_buffer("head_shares", shares, persistent=False)
 
     def forward(self, tokens: Tokens, is_scored: bool) -> tuple[Tokens, Float[Tensor, " T"] | None]:
         """The tokens after all blocks and, if scored, the attention each patch received in the last of them."""
-        x, received = tokens.x_TD, None
+        is_dense = tokens.is_even and tokens.size_T is None
+        x = tokens.x_TD.unflatten(0, (tokens.batch_size, -1)) if is_dense else tokens.x_TD
+        found = []
         for place, block in enumerate(self.blocks, start=1):
             scores = is_scored and place > len(self.blocks) - self.num_scored
-            x, evidence = block(x, tokens, self.importance if scores else None)
+            x, evidence = block(x, None if is_dense else tokens, self.importance if scores else None)
             if evidence is not None:
-                received = accumulate(received, evidence.importance_T)
-        return tokens.with_x(x), received
+                found.append(evidence)
+        return tokens.with_x(x.flatten(0, -2)), self.received(tokens, found) if found else None
+
+    @torch.no_grad()
+    def received(self, tokens: Tokens, found: list[Evidence]) -> Float[Tensor, " T"]:
+        """Attention each patch received, all scored blocks in one step: sums to 1 an image, 0 at class tokens."""
+        q, k = (torch.cat([getattr(each, name) for each in found], -2) for name in ("q", "k"))
+        return IMPORTANCE_FUNCTIONS[self.importance](q, k, tokens, self.head_shares)
 
     def answer(self, tokens: Tokens) -> Float[Tensor, "B classes"]:
         first_BD = tokens.x_TD[:1] if tokens.batch_size == 1 else tokens.x_TD[tokens.starts[:-1]]
@@ -279,12 +293,7 @@ class Iret(Classifier):
                 if record is not None:
                     record.see(index, layout, importance_T, strengths)
                 choice = choose(importance_T, layout, strengths[:, index], rule, self.shape.min_keep)
-                tokens, layout = select(tokens, layout, choice, masked)
-                refined_T = choice.refined_T
-                if refined_T is None and masked:
-                    refined_T = choice.kept_T
-                elif refined_T is not None and not masked:
-                    refined_T = refined_T[choice.kept_T]
+                tokens, layout, refined_T = select(tokens, layout, choice, masked)
         return answers
 
     def replay(self, images: Float[Tensor, "B C Y X"], plans: Sequence[Plan], point: Point) -> Tensor:

@@ -24,21 +24,28 @@ def accumulate(
     return latest if running is None else torch.lerp(latest, running, momentum)
 
 
-def select(tokens: Tokens, layout: Layout, choice: Choice, masked: bool = False) -> tuple[Tokens, Layout]:
-    """The tokens that stay, in image order; class tokens always do. `masked` sets the size of the others to 0 instead."""
+def select(
+    tokens: Tokens, layout: Layout, choice: Choice, masked: bool = False
+) -> tuple[Tokens, Layout, Bool[np.ndarray, " t"] | None]:
+    """The tokens that stay, in image order, and which of them are refined (None: every patch that stays).
+
+    Class tokens always stay. `masked` sets the size of the others to 0 instead.
+    """
     kept, device = choice.kept_T, tokens.x_TD.device
     if masked:
         size = torch.from_numpy(kept.astype(np.float32)).to(device)
         live = kept if layout.live_T is None else kept & layout.live_T
         size = size if tokens.size_T is None else tokens.size_T * size
-        return replace(tokens, size_T=size), replace(layout, live_T=live)
+        seen = kept if choice.refined_T is None else choice.refined_T
+        return replace(tokens, size_T=size), replace(layout, live_T=live), seen
     rows = kept.nonzero()[0]
     if layout.is_one:
         starts = np.array([0, len(rows)])
     else:
         starts = to_starts(np.add.reduceat(kept, layout.starts[:-1], dtype=np.int64))
     left = Layout(layout.cell_T[rows], starts, layout.images)
-    return _take_rows(tokens, left, rows), left
+    refined = None if choice.refined_T is None else choice.refined_T[rows]
+    return _take_rows(tokens, left, rows), left, refined
 
 
 def take_images(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iret.attention import IMPORTANCE_FUNCTIONS, AttentionFunction, attend
+from iret.attention import AttentionFunction, attend
 from iret.tokens import Tokens
 
 NORM_EPS = 1e-6  # timm's value for ViT
@@ -23,9 +23,8 @@ NORM_EPS = 1e-6  # timm's value for ViT
 class Evidence:
     """What a block saw; a field is added when a second method needs it."""
 
-    importance_T: Float[
-        Tensor, "*tokens"
-    ]  # attention each patch received: sums to 1 an image, 0 at class tokens; [B, N] if dense
+    q: Float[Tensor, "..."]  # of those that are asked for importance: class tokens [B, H, E], or every token, as `k`
+    k: Float[Tensor, "*tokens H E"]
 
 
 class Attention(nn.Module):
@@ -44,10 +43,11 @@ class Attention(nn.Module):
         """The update, and the evidence if an `importance` ("cls", "column") is asked for."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         out = self.proj(self.function(q, k, v, tokens).flatten(-2))
-        if importance is None or tokens is None:
+        if importance is None:
             return out, None
-        with torch.no_grad():
-            return out, Evidence(IMPORTANCE_FUNCTIONS[importance](q, k, tokens))
+        if importance == "cls":
+            q = q[:, 0] if tokens is None else q[tokens.starts[:-1]]
+        return out, Evidence(q, k)
 
 
 class Mlp(nn.Module):

@@ -12,7 +12,6 @@ Read next: `graphs`.
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from torch.nn import functional as F
 
 from iret import vit
 from iret.attention import attend
-from iret.selection import accumulate
 
 Rewrite = Callable[[nn.Linear], nn.Module]  # what stands for a linear layer
 MIN_CONVOLVED_WIDTH = 256  # convolutions of narrower stages are slower: their weights stay in the cache (docs/LOG.md)
@@ -93,10 +91,8 @@ class Blocks(nn.Module):
             _Block(block, None if place < unscored else stage.importance, rewrite)
             for place, block in enumerate(stage.blocks)
         )
-        if is_scored:  # of each scored block's heads, in the running mean over them
-            shares = reduce(accumulate, torch.eye(len(stage.blocks) - unscored))
-            num_heads = stage.blocks[0].attn.num_heads
-            self.register_buffer("head_shares", shares.repeat_interleave(num_heads)[None] / num_heads)
+        if is_scored:
+            self.register_buffer("head_shares", stage.head_shares[None])
 
     def forward(
         self, x: Float[Tensor, "NB D"], batch: int, bias: Float[Tensor, "B 1 1 N"] | None
