@@ -175,10 +175,10 @@ def class_row(
     """Attention of class tokens `q` over the patches of their image, heads by `shares`: sums to 1 an image, 0 at class tokens."""
     # The same in fewer steps, each of which costs at batch 1. They round differently, which would tell in half precision.
     if k.dim() == 4 and len(k) == 1 and q.dtype == torch.float32:
-        unread, scale = q[:1, :1, :1], q.shape[-1] ** -0.5
-        logits_HQN = torch.baddbmm(unread, q.transpose(0, 1), k[0].permute(1, 2, 0), beta=0, alpha=scale)
-        logits_HQN[..., 0] = -torch.inf
-        return shares @ logits_HQN.softmax(-1)[:, 0]
+        keys, unread, scale = k[0, 1:].permute(1, 2, 0), q[:1, :1, :1], q.shape[-1] ** -0.5
+        logits_HQN = torch.baddbmm(unread, q.transpose(0, 1), keys, beta=0, alpha=scale)
+        received = torch.mv(logits_HQN.softmax(-1)[:, 0].t(), shares)
+        return torch.cat([received.new_zeros(1), received])
     return _over_patches(q.unsqueeze(1), k, tokens, shares)
 
 

@@ -127,13 +127,13 @@ def test_macs_and_a_trace_are_made_when_somebody_asks_for_them_and_once():
 @pytest.mark.parametrize("drops", [True, False])
 def test_grids_of_a_graph_say_what_notes_of_the_same_run_say(drops):
     """Two images: one keeps three patches and then one, refining one and none; the other keeps all and refines all."""
-    kept = np.ones((2, 3, 6), np.float32)
-    kept[0, 1:] = [[1, 0, 1, 0, 0, 1], [0, 0, 1, 0, 0, 0]]
-    refined = np.ones((2, 3, 6), np.float32)
-    refined[:, 0] = 0
-    refined[0, 1:] = [[0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
-    seen = np.arange(24, dtype=np.float32).reshape(2, 2, 6)
-    grids = Grids(SHAPE, list(zip(kept, refined, seen * kept[:, :-1], strict=True)), np.full(2, drops))
+    everything, first = np.arange(7), np.array([np.inf, *range(6)], np.float32)
+    found = [
+        [(np.array([0, 1, 3, 6]), np.array([0, 3]), first)],
+        [(everything, everything, first + 12), (everything, everything, first + 18)],
+    ]
+    found[0].append((np.array([0, 3]), np.array([0]), np.array([np.inf, 6, 8, 11], np.float32)))
+    grids = Grids(SHAPE, found, np.full(2, drops))
 
     record = Record(SHAPE, 2)
     record.add(0, Layout.whole(2, 6), None)

@@ -718,7 +718,8 @@ def test_a_single_graph_has_no_importance_where_nothing_was_chosen(tmp_path):
     """As in a run of stages."""
 
     def load(engine, path, threads):
-        return lambda inputs: [np.ones((1, 3), np.float32), *(np.ones((rows, 16), np.float32) for rows in (3, 3, 2))]
+        step = [np.arange(17), np.arange(17), np.ones(17, np.float32)]
+        return lambda inputs: [np.ones((1, 3), np.float32), *step, *step]
 
     make_session(tmp_path, Pretender(), is_single=True, stages=((GraphFile("stage_0"),),))
     session = Session(tmp_path, load=load)
@@ -734,11 +735,9 @@ def test_images_of_a_single_graph_are_each_noted_as_their_own(tmp_path):
         def run(inputs):
             seen.append(inputs[1].copy())
             drops = bool(inputs[1].any())
-            kept, refined = np.ones((2, 3, 16), np.float32)
-            refined[0] = 0
-            if drops:
-                kept[1:, 4:], refined[1:, 2:] = 0, 0
-            return [np.full((1, 3), float(drops), np.float32), kept, refined, np.full((2, 16), 2.0, np.float32)]
+            kept, refined = (np.arange(1 + (count if drops else 16)) for count in (4, 2))
+            first, second = (np.full(count, 2.0, np.float32) for count in (17, len(kept)))
+            return [np.full((1, 3), float(drops), np.float32), kept, refined, first, kept, refined, second]
 
         return run
 
@@ -771,6 +770,7 @@ def test_a_bundle_is_read_as_it_was_written(tmp_path):
         (b"[]", "has format None"),
         (b'{"format": 1}', "has format 1; this version of iret reads bundles of format 2"),
         (b'{"format": 2}', "does not describe a bundle"),
+        (b'{"format": 2, "is_single": true}', "has format 2; this version of iret reads bundles of format 3"),
         (b"[" * 100_000, "not valid JSON"),
     ],
 )

@@ -96,7 +96,7 @@ class Blocks(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "NB D"], batch: int, bias: Float[Tensor, "B 1 1 N"] | None
-    ) -> tuple[Float[Tensor, "NB D"], Float[Tensor, "B N"] | None]:
+    ) -> tuple[Float[Tensor, "NB D"], Float[Tensor, "B patches"] | None]:
         """The tokens after all of them, and the attention each patch received in the scored ones, if any is."""
         scored = []
         x = x[None, None] if self.is_convolved else x
@@ -106,15 +106,15 @@ class Blocks(nn.Module):
                 scored.append(logits)
         return x.flatten(0, -2), self.received(torch.cat(scored, 1), bias) if scored else None
 
-    def received(self, logits: Float[Tensor, "B H Q N"], bias: Float[Tensor, "B 1 1 N"] | None) -> Float[Tensor, "B N"]:
-        """As `iret.attention.class_row` and `column_mean`, of all scored heads at once: sums to 1 an image, 0 at class tokens."""
+    def received(self, logits: Float[Tensor, "B H Q N"], bias: Float[Tensor, "B 1 1 N"] | None) -> Tensor:
+        """[B, patches]: as `iret.attention.class_row` and `column_mean`, of all scored heads at once; sums to 1 an image."""
         weights = _plus(logits, bias)[..., 1:].softmax(-1)
         if self.importance == "cls" or bias is None:
             weights = weights.mean(2)
         else:  # the mean over queries that are no padding
             alive = bias.exp().transpose(2, 3)
             weights = (weights * alive).sum(2) / alive.sum(2)
-        return F.pad((self.head_shares @ weights).squeeze(1), (1, 0))
+        return (self.head_shares @ weights).squeeze(1)
 
 
 class _Block(nn.Module):

@@ -97,7 +97,7 @@ class StageGraph(nn.Module):
         """Tokens [N, B, D], received [B, N] (0 at class tokens) and logits; of the last stage the logits alone."""
         x, received = self.blocks(x, batch, None if bias is None else bias[:, None, None])
         logits = self.head(self.norm(x[:batch]))  # the class tokens come first
-        return (logits,) if received is None else (x.reshape(-1, batch, x.shape[1]), received, logits)
+        return (logits,) if received is None else (x.reshape(-1, batch, x.shape[1]), F.pad(received, (1, 0)), logits)
 
 
 class FirstStage(StageGraph):
@@ -130,13 +130,13 @@ class LaterStage(StageGraph):
         self.details = Details(model.lifting, model.shape, model.shape.detail_level(index))
 
     def transit(
-        self, x: Float[Tensor, "NB D"], cell: Int[Tensor, " NB"], pixels: Tensor, source: Int[Tensor, " NB"]
+        self, x: Float[Tensor, "NB D"], place: Int[Tensor, " NB"], pixels: Tensor, source: Int[Tensor, " NB"]
     ) -> Float[Tensor, "NB E"]:
-        """`cell` is -1 for class tokens; `source` the row of `pixels` whose details a token gets, 0 for none."""
+        """`place`: 0 of class tokens, 1 + cell of patches. `source`: the row of `pixels` whose details it gets, 0 for none."""
         own: Any = self.transition
         extra = own.detail_embed(own.detail_norm(self.details(pixels)))
-        place = own.pos_embed[0].index_select(0, cell + 1) + extra.index_select(0, source)
-        return own.widen(own.norm(x)) + place
+        added = own.pos_embed[0].index_select(0, place) + extra.index_select(0, source)
+        return own.widen(own.norm(x)) + added
 
     def forward(
         self,
@@ -146,18 +146,18 @@ class LaterStage(StageGraph):
         source: Int[Tensor, "N B"],
         bias: Float[Tensor, "B N"],
     ) -> tuple[Tensor, ...]:
-        x_TD = self.transit(x.flatten(0, 1), cell.flatten(), pixels, source.flatten())
+        x_TD = self.transit(x.flatten(0, 1), cell.flatten() + 1, pixels, source.flatten())
         return self.through(x_TD, x.shape[1], bias)
 
 
 class SingleGraph(nn.Module):
     """Everything in one graph for one image, the thresholds among its inputs: drops by `nonzero` and plain gathers.
 
-    Returns the logits; kept and refined patches as float [S, cells]; and importance [S - 1, cells], 0 where no patch was.
+    Returns the logits and, of each transition, the tokens that stay, those looked at again, and importance of all before it,
+    in the order of `output_names`. Tokens are numbered: 0 the class token, 1 + cell a patch. The class token leads each list; its
+    importance is infinite and its pixels are zero, so that it stays and no detail is added to it.
     No early exit, rule "threshold" only.
     """
-
-    output_names = ("logits", "kept", "refined", "importance")
 
     def __init__(self, model: Iret, *, is_convolved: bool = False) -> None:
         super().__init__()
@@ -167,42 +167,36 @@ class SingleGraph(nn.Module):
         )
         self.num_cells, self.min_keep = model.shape.num_patches, model.shape.min_keep
         self.patch_size = model.shape.patch_size
+        steps = range(1, len(model.stages))
+        self.output_names = (
+            "logits",
+            *(f"{each}_{step}" for step in steps for each in ("kept", "refined", "importance")),
+        )
 
-    def choose(
-        self, importance: Float[Tensor, " N"], thresholds: Float[Tensor, " 2"]
-    ) -> tuple[Int[Tensor, " n"], Tensor]:
-        """Places of the tokens that stay, class token first; and which of them are refined."""
-        keep, refine = thresholds - ROUNDING_SHARE
-        floor = importance.topk(self.min_keep).values[-1]
-        kept = importance >= torch.minimum(keep, floor)
-        refined = (importance >= refine) | (refine <= keep)
-        always = torch.ones_like(kept[:1])
-        rows = torch.cat([always, kept]).nonzero().flatten()
+    def choose(self, importance: Float[Tensor, " N"], thresholds: Float[Tensor, " 2"]) -> tuple[Tensor, Tensor]:
+        """Rows of the tokens that stay, and which of them are refined, the class token among both."""
+        keep, refine = thresholds
+        floor = importance.topk(1 + self.min_keep).values[-1]
+        rows = (importance >= torch.minimum(keep, floor)).nonzero().flatten()
         torch._check(rows.shape[0] >= self.min_keep + 1)
         torch._check(rows.shape[0] <= self.num_cells + 1)
-        return rows, torch.cat([~always, refined]).index_select(0, rows)
+        return rows, ((importance >= refine) | (refine <= keep)).index_select(0, rows)
 
-    def forward(
-        self, images: Float[Tensor, "1 C Y X"], thresholds: Float[Tensor, "T 2"]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, images: Float[Tensor, "1 C Y X"], thresholds: Float[Tensor, "T 2"]) -> tuple[Tensor, ...]:
         x, received = self.first.blocks(self.first.embed(images), 1, None)
         patches = patches_of(images, self.patch_size)
-        patches = torch.cat([torch.zeros_like(patches[:1]), patches])
-        cell = torch.arange(-1, self.num_cells)
-        everywhere = torch.ones(self.num_cells)
-        kept, refined, importance = [everywhere], [torch.zeros(self.num_cells)], []
+        pixels = torch.cat([torch.zeros_like(patches[:1]), patches])
+        tokens, thresholds, seen = torch.arange(1 + self.num_cells), thresholds - ROUNDING_SHARE, []
         for index, stage in enumerate(self.later):
-            patch = received[0, 1:]
-            patch = patch * (patch.shape[0] / patch.sum())
-            importance.append(torch.zeros(self.num_cells).index_copy(0, cell[1:], patch))
-            rows, is_refined = self.choose(patch, thresholds[index])
-            cell, x = cell.index_select(0, rows), x.index_select(0, rows)
+            patch = received[0]
+            importance = F.pad(patch * (patch.shape[0] / patch.sum()), (1, 0), value=torch.inf)
+            rows, is_refined = self.choose(importance, thresholds[index])
+            tokens, x = tokens.index_select(0, rows), x.index_select(0, rows)
             again = is_refined.nonzero().flatten()
-            torch._check(again.shape[0] <= self.num_cells)
-            read = torch.cat([torch.zeros_like(cell[:1]), cell.index_select(0, again) + 1])
-            source = is_refined.long().cumsum(0) * is_refined
-            x = stage.transit(x, cell, patches.index_select(0, read), source)
-            kept.append(torch.zeros(self.num_cells + 1).index_fill(0, cell + 1, 1.0)[1:])
-            refined.append(torch.zeros(self.num_cells + 1).index_fill(0, read, 1.0)[1:])
+            torch._check(again.shape[0] <= self.num_cells + 1)
+            refined = tokens.index_select(0, again)
+            source = (is_refined.long().cumsum(0) - 1) * is_refined
+            x = stage.transit(x, tokens, pixels.index_select(0, refined), source)
+            seen += [tokens, refined, importance]
             x, received = stage.blocks(x, 1, None)
-        return stage.head(stage.norm(x[:1])), torch.stack(kept), torch.stack(refined), torch.stack(importance)
+        return stage.head(stage.norm(x[:1])), *seen

@@ -134,7 +134,9 @@ class Grids:
     """What a graph that chooses inside did, of images that all passed every stage: `exits`, `macs`, `grids` as of a `Record`."""
 
     shape: Shape
-    found: list[tuple[np.ndarray, ...]]  # an image: kept and refined [S, cells], 0 or 1; importance [S - 1, cells]
+    # of an image, for each transition: tokens that stay, and that are refined (0 the class token, leading, 1 + cell a patch); and
+    # importance of all before it
+    found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]
     chosen: np.ndarray  # bool, an entry an image: whether there was anything to choose
 
     @property
@@ -144,20 +146,31 @@ class Grids:
 
     def macs(self, scored: np.ndarray | bool) -> np.ndarray:
         """int64 [B]: multiply-accumulates spent on each image; `scored`, one for all or [B]: whether tokens were chosen."""
-        counts = ([np.count_nonzero(grid, axis=1).tolist() for grid in grids] for *grids, _ in self.found)
         flags = np.broadcast_to(scored, len(self.found)).tolist()
-        spent = [plan_macs(self.shape, *each, scored=flag) for each, flag in zip(counts, flags, strict=True)]
+        spent = []
+        for seen, flag in zip(self.found, flags, strict=True):
+            kept, refined, _ = ([len(tokens) - 1 for tokens in step] for step in zip(*seen, strict=True))
+            spent.append(plan_macs(self.shape, [self.shape.num_patches, *kept], [0, *refined], scored=flag))
         return np.array(spent, dtype=np.int64)
 
     @cached_property
     def grids(self) -> tuple[np.ndarray, np.ndarray]:
         """Kept and refined patches, bool [S, B, rows, columns]."""
-        kept, refined = (np.stack([each[place] for each in self.found], 1) != 0 for place in range(2))
-        form = (*kept.shape[:2], *self.shape.grid)
-        return kept.reshape(form), refined.reshape(form)
+        stages = len(self.shape.depths)
+        both = np.zeros((2, stages, len(self.found), 1 + self.shape.num_patches), dtype=bool)
+        both[0, 0] = True
+        for image, seen in enumerate(self.found):
+            for stage, (kept, refined, _) in enumerate(seen, start=1):
+                both[0, stage, image, kept], both[1, stage, image, refined] = True, True
+        kept, refined = both[..., 1:].reshape(2, stages, len(self.found), *self.shape.grid)
+        return kept, refined
 
     def importance(self) -> np.ndarray:
         """float [S - 1, B, rows, columns]: what each transition chose by; NaN where nothing was to be chosen."""
-        kept = self.grids[0][:-1]
-        seen = np.stack([importance for *_, importance in self.found], 1).reshape(kept.shape)
-        return np.where(kept & self.chosen[:, None, None], seen.astype(np.float64), np.nan)
+        grid = np.full((len(self.shape.depths) - 1, len(self.found), self.shape.num_patches), np.nan)
+        for image in self.chosen.nonzero()[0]:
+            tokens = np.arange(1 + self.shape.num_patches)
+            for transition, (kept, _, importance) in enumerate(self.found[image]):
+                grid[transition, image, tokens[1:] - 1] = importance[1:]
+                tokens = kept
+        return grid.reshape(*grid.shape[:2], *self.shape.grid)

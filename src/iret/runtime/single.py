@@ -18,7 +18,7 @@ def run_single(stage: Stage, images: Batch, shape: Shape, strengths: np.ndarray)
     stage_logits = np.full((len(shape.depths), len(images.images), shape.num_classes), np.nan, np.float32)
     found = []
     for row, thresholds in enumerate(strengths.astype(np.float32)):
-        logits, *grids = stage.call(images, [images.images[row, None], thresholds])
+        logits, *seen = stage.call(images, [images.images[row, None], thresholds])
         stage_logits[-1, row] = logits[0]
-        found.append(tuple(grids))
+        found.append(list(zip(seen[0::3], seen[1::3], seen[2::3], strict=True)))
     return Grids(shape, found, np.asarray(strengths.any((1, 2)))), stage_logits
