@@ -64,10 +64,9 @@ class Stage(nn.Module):
         """The tokens after all blocks and, if scored, the attention each patch received in the last of them."""
         is_dense = tokens.is_even and tokens.size_T is None
         x = tokens.x_TD.unflatten(0, (tokens.batch_size, -1)) if is_dense else tokens.x_TD
-        found = []
-        for place, block in enumerate(self.blocks, start=1):
-            scores = is_scored and place > len(self.blocks) - self.num_scored
-            x, evidence = block(x, None if is_dense else tokens, self.importance if scores else None)
+        found, unscored = [], len(self.blocks) - self.num_scored if is_scored else len(self.blocks)
+        for place, block in enumerate(self.blocks):
+            x, evidence = block(x, None if is_dense else tokens, None if place < unscored else self.importance)
             if evidence is not None:
                 found.append(evidence)
         return tokens.with_x(x.flatten(0, -2)), self.received(tokens, found) if found else None
@@ -266,7 +265,8 @@ class Iret(Classifier):
         layout = Layout.whole(len(images), self.shape.num_patches)
         drops, refined_T = bool(strengths.any()), None  # None: every patch that has a token
         tokens, patches = self._embed(images)
-        self._check_numbers(images, tokens.x_TD)
+        if not drops or self.shape.lifting == "dawn":
+            self._check_numbers(images, tokens.x_TD)
         for index, stage in enumerate(self.stages):
             is_last = index == len(self.stages) - 1
             if index:
@@ -279,6 +279,8 @@ class Iret(Classifier):
             if is_last:
                 break
             seen_T = None if received is None else received.float().cpu().numpy()
+            if not index and seen_T is not None and not math.isfinite(seen_T.sum()):  # fewer numbers than tokens hold
+                self._check_numbers(images, tokens.x_TD)
             if exits is not None:
                 confidence = answers.detach().softmax(1).amax(1).cpu().numpy()
                 goes_on = confidence < exits[:, index].astype(np.float32)
@@ -299,9 +301,7 @@ class Iret(Classifier):
     def replay(self, images: Float[Tensor, "B C Y X"], plans: Sequence[Plan], point: Point) -> Tensor:
         """The work that `plans` say other images were at `point`, an image each, whatever these show: a logit means nothing."""
         strengths, exits = strengths_of(plans, len(self.transitions), point)
-        if point.exit_confidence is None:
-            return self.look(images, strengths, rule="topk")
-        return self._answer(images, strengths, exits, rule="topk")
+        return self._answer(images, strengths, None if point.exit_confidence is None else exits, rule="topk")
 
     def _patches(self, images: Tensor) -> Tensor:
         """[B * cells, C, P, P], image after image."""

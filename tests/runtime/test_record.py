@@ -133,7 +133,7 @@ def test_grids_of_a_graph_say_what_notes_of_the_same_run_say(drops):
         [(everything, everything, first + 12), (everything, everything, first + 18)],
     ]
     found[0].append((np.array([0, 3]), np.array([0]), np.array([np.inf, 6, 8, 11], np.float32)))
-    grids = Grids(SHAPE, found, np.full(2, drops))
+    grids = Grids(SHAPE, found, np.full((2, 2, 2), float(drops)))
 
     record = Record(SHAPE, 2)
     record.add(0, Layout.whole(2, 6), None)

@@ -67,6 +67,28 @@ def test_a_day_says_whose_battery_it_is_what_idles_away_and_what_comes(capsys):
     assert (rows[1][2], rows[-1][3]) == ("yes", "no")  # the full budget dies seconds before the end
     said = day(capsys, "--battery-wh", "0.5", "--arrivals", "steady")
     assert "a battery of 0.5 Wh\n" in said and "steady arrivals" in said
+    assert "this machine is" not in said  # the clock was named
+
+
+def test_a_day_ends_with_who_did_best_of_all_that_keep_the_goal(capsys):
+    rows = [row.split() for row in day(capsys, "--idle-watts", "0").splitlines()]
+    right = {row[1]: float(row[5]) for row in rows if row[:1] == ["fixed"] and row[3] == "yes"}
+    controller = next(row[4] for row in rows if row[:1] == ["controller"])
+    said = (
+        f"the controller lasts, {controller} right; of the fixed budgets that keep the goal, ([0-9.]+) has the most, "
+    )
+    found = re.fullmatch(said + "([0-9]+)", " ".join(rows[-1]))
+    assert right[found[1]] == int(found[2]) == max(right.values())
+    said = day(capsys, "--idle-watts", "1", "--battery-wh", "0.5")
+    assert re.search(r"the controller dies after 0\.\d h, \d+ right; no fixed budget keeps the goal\n$", said)
+
+
+def test_a_day_at_the_costs_of_another_machine_says_so(capsys, monkeypatch):
+    words = ["simulate", NANO, "--hours", "1", "--rate", "0.1"]
+    monkeypatch.setattr("iret.verbs.dial._here", lambda: "a Pi")
+    monkeypatch.setattr(OperatingPoints, "table_of", lambda self, _: self.devices[0])
+    assert cli.main(words) == 0
+    assert f"this machine is a Pi; `iret calibrate {NANO} --device-only` measures it\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

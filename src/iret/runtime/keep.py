@@ -79,8 +79,8 @@ def read_strengths(value: object, batch: int, transitions: int, rule: str = "thr
     One number for all transitions, or a sequence of one entry per transition, each a number or a (keep, refine) pair; or
     an array [B, transitions] or [B, transitions, 2], one row an image.
     """
-    check_rule(rule)
     if isinstance(value, np.ndarray) and value.ndim > 0:
+        check_rule(rule)
         expected = (batch, transitions)
         if value.shape[:2] != expected or value.shape[2:] not in ((), (2,)):
             raise ValueError(
@@ -91,14 +91,33 @@ def read_strengths(value: object, batch: int, transitions: int, rule: str = "thr
             strengths = np.stack([strengths, strengths], axis=-1)
         _check_strengths(strengths, rule)
         return strengths
+    try:
+        return _read_fixed(value, batch, transitions, rule)
+    except TypeError:  # a list
+        return _read_anew(value, batch, transitions, rule)
+
+
+def _read_anew(value: object, batch: int, transitions: int, rule: str) -> np.ndarray:
+    check_rule(rule)
     entries = list(value) if isinstance(value, (list, tuple)) else [value] * transitions
     pairs = tuple(tuple(entry) if isinstance(entry, (list, tuple)) else (entry, entry) for entry in entries)
     try:
         numbers = tuple(tuple(map(float, pair)) for pair in pairs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"thresholds={value!r} holds something that is not a number or a pair of numbers.") from error
-    rows = _read_pairs(numbers, transitions, rule)
-    return rows[None] if batch == 1 else np.broadcast_to(rows, (batch, transitions, 2))
+    if len(pairs) != transitions:
+        raise ValueError(
+            f"{len(pairs)} thresholds were given, but the model has {transitions} transitions; "
+            f"give one number for all or {transitions} entries."
+        )
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"thresholds={pairs!r}: an entry is a number or a pair (keep, refine).")
+    rows = np.array(numbers)
+    _check_strengths(rows, rule)
+    return np.broadcast_to(rows, (batch, transitions, 2))  # read-only, as it is shared
+
+
+_read_fixed = lru_cache(maxsize=128)(_read_anew)  # a fixed setting is read again for every image
 
 
 def read_exits(value: object, batch: int, transitions: int) -> np.ndarray | None:
@@ -134,21 +153,6 @@ def read_exits(value: object, batch: int, transitions: int) -> np.ndarray | None
         bad = exits[~(exits >= 0)].flat[0]
         raise ValueError(f"exit_confidence={bad:g} must be 0 (leave at once) or more; above 1 nobody leaves.")
     return exits
-
-
-@lru_cache(maxsize=128)  # a fixed setting is read again for every image
-def _read_pairs(pairs: tuple[tuple[float, ...], ...], transitions: int, rule: str) -> np.ndarray:
-    if len(pairs) != transitions:
-        raise ValueError(
-            f"{len(pairs)} thresholds were given, but the model has {transitions} transitions; "
-            f"give one number for all or {transitions} entries."
-        )
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"thresholds={pairs!r}: an entry is a number or a pair (keep, refine).")
-    rows = np.array(pairs)
-    _check_strengths(rows, rule)
-    rows.flags.writeable = False  # it is shared
-    return rows
 
 
 def _check_strengths(strengths: np.ndarray, rule: str) -> None:

@@ -86,6 +86,12 @@ class Record:
         """int [B]: the last stage each image passed, whose head answers for it."""
         return np.full(self.batch, len(self._passed) - 1) if self.exit_stage is None else self.exit_stage
 
+    def answer(self, stage_logits: np.ndarray) -> np.ndarray:
+        """[B, classes] of [S, B, classes]: what the last head said that each image passed."""
+        if self.exit_stage is None:
+            return stage_logits[len(self._passed) - 1].copy()
+        return stage_logits[self.exit_stage, np.arange(self.batch)]
+
     def macs(self, scored: np.ndarray | bool) -> np.ndarray:
         """int64 [B]: multiply-accumulates spent on each image; `scored`, one for all or [B]: whether tokens were chosen."""
         if self.batch == 1 and all(layout.live_T is None for layout, _ in self._passed):  # the same in fewer steps
@@ -131,18 +137,22 @@ def _is_patch(layout: Layout) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Grids:
-    """What a graph that chooses inside did, of images that all passed every stage: `exits`, `macs`, `grids` as of a `Record`."""
+    """What a graph that chooses inside did, of images that all passed every stage; read as a `Record` is."""
 
     shape: Shape
     # of an image, for each transition: tokens that stay, and that are refined (0 the class token, leading, 1 + cell a patch); and
     # importance of all before it
     found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]
-    chosen: np.ndarray  # bool, an entry an image: whether there was anything to choose
+    strengths: np.ndarray  # [B, transitions, 2]: all 0 of an image, nothing was to be chosen
 
     @property
     def exits(self) -> np.ndarray:
         """int [B]: the last stage, whose head answers."""
         return np.full(len(self.found), len(self.shape.depths) - 1)
+
+    def answer(self, stage_logits: np.ndarray) -> np.ndarray:
+        """[B, classes] of [S, B, classes]: what the last head said."""
+        return stage_logits[-1].copy()
 
     def macs(self, scored: np.ndarray | bool) -> np.ndarray:
         """int64 [B]: multiply-accumulates spent on each image; `scored`, one for all or [B]: whether tokens were chosen."""
@@ -168,7 +178,7 @@ class Grids:
     def importance(self) -> np.ndarray:
         """float [S - 1, B, rows, columns]: what each transition chose by; NaN where nothing was to be chosen."""
         grid = np.full((len(self.shape.depths) - 1, len(self.found), self.shape.num_patches), np.nan)
-        for image in self.chosen.nonzero()[0]:
+        for image in np.flatnonzero(self.strengths.any((1, 2))):
             tokens = np.arange(1 + self.shape.num_patches)
             for transition, (kept, _, importance) in enumerate(self.found[image]):
                 grid[transition, image, tokens[1:] - 1] = importance[1:]

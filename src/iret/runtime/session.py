@@ -212,9 +212,11 @@ class Session:
             record, stage_logits = whole.run(batch)
         else:
             record, stage_logits = self._run_staged(batch, strengths, exits, until, rule)
-        logits = stage_logits[record.exits, np.arange(len(x))]
-        count = partial(record.macs, scored=np.asarray(strengths.any((1, 2))))
-        look = partial(Trace.of, record, stage_logits)
+        logits, count, look = (
+            record.answer(stage_logits),
+            partial(_count, record, strengths),
+            partial(Trace.of, record, stage_logits),
+        )
         return Output(logits, count, look, self._clock() - started, batch.engine_s, budgets)
 
     # ---- settings
@@ -282,8 +284,10 @@ class Session:
             if asked.shape not in ((), (batch,)):
                 raise ValueError(f"budget of shape {asked.shape} does not fit {batch} images; give one each.")
             settings = [self.setting(float(each)) for each in asked.ravel()]
-            rows = np.concatenate([read_strengths(each.thresholds, 1, transitions) for each in settings])
-            strengths = np.broadcast_to(rows, (batch, transitions, 2))
+            if asked.ndim:
+                strengths = np.concatenate([read_strengths(each.thresholds, 1, transitions) for each in settings])
+            else:
+                strengths = read_strengths(settings[0].thresholds, batch, transitions)
             budgets = np.broadcast_to(asked, batch)
             leaves = [each.exit_confidence for each in settings]
             if any(each is not None for each in leaves):
@@ -316,8 +320,9 @@ class Session:
 
     def _may_run_whole(self, batch: Batch, strengths: np.ndarray, exits: np.ndarray | None, until: float) -> bool:
         """Not before the stages ran a few times, which teaches their pace to later calls with a deadline."""
-        is_plain = len(batch.images) == 1 and exits is None and until == np.inf and not strengths.any()
-        return bool(is_plain) and self._whole is not None and self._paces.are_settled
+        if self._whole is None or len(batch.images) > 1 or exits is not None or until < np.inf:
+            return False
+        return not strengths.any() and self._paces.are_settled
 
     def _run_staged(
         self, images: Batch, strengths: np.ndarray, exits: np.ndarray | None, until: float, rule: str
@@ -372,6 +377,11 @@ class Session:
         if not np.isfinite(images.sum()):
             raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")
         return np.ascontiguousarray(images)
+
+
+def _count(record: Record | Grids, strengths: np.ndarray) -> np.ndarray:
+    """MACs of each image, once somebody asks."""
+    return record.macs(scored=np.asarray(strengths.any((1, 2))))
 
 
 def _confidence(logits: np.ndarray) -> np.ndarray:

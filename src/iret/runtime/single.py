@@ -21,4 +21,4 @@ def run_single(stage: Stage, images: Batch, shape: Shape, strengths: np.ndarray)
         logits, *seen = stage.call(images, [images.images[row, None], thresholds])
         stage_logits[-1, row] = logits[0]
         found.append(list(zip(seen[0::3], seen[1::3], seen[2::3], strict=True)))
-    return Grids(shape, found, np.asarray(strengths.any((1, 2)))), stage_logits
+    return Grids(shape, found, strengths), stage_logits

@@ -185,15 +185,11 @@ def do_bench(args: argparse.Namespace) -> int:
 
 def do_simulate(args: argparse.Namespace) -> int:
     from iret.simulate import Day, Thermal, draw, simulate
-    from iret.zoo import load
 
     check_picture(args.show)
     check_above_zero(args, "hours", "rate", "battery_wh", "busy", "max_celsius", "kelvin_per_watt")
     check_idle_watts(args.idle_watts)
-    points = load(args.model).points
-    if points is None or not points.devices:
-        raise ValueError(f"{args.model} has no clock; measure it with `iret calibrate MODEL --device-only`.")
-    table = _choose_table(points, args.clock)
+    points, table = _clocked(args)
     menu = points.menu(table.device, args.idle_watts)
     images = 3600 * args.hours * args.rate
     halfway = 3600 * args.hours * menu.idle_watts + images * (min(table.joules) + max(table.joules)) / 2
@@ -219,6 +215,15 @@ def do_simulate(args: argparse.Namespace) -> int:
     stated = 3600 * args.hours * args.rate
     say(f"{args.arrivals} arrivals: {outcomes[0].images} images come, of {stated:.0f} stated (--arrivals, --busy)")
     say(f"costs of {table.device}; {_explain_joules(table)}; right answers are expected from held-out accuracy")
+    if args.clock is None and table.device != _here():
+        say(f"this machine is {_here()}; `iret calibrate {args.model} --device-only` measures it")
+    say("a fixed budget is one operating point for every image")
+    _print_outcomes(outcomes)
+    say(_sum_up(*outcomes))
+    return 0
+
+
+def _print_outcomes(outcomes) -> None:
     print_table(
         ("policy", "hours", "lasts", "answered", "right", "right of all", "energy (J)", "peak C"),
         [
@@ -235,7 +240,17 @@ def do_simulate(args: argparse.Namespace) -> int:
             for outcome in outcomes
         ],
     )
-    return 0
+
+
+def _sum_up(controller, *fixed) -> str:
+    """Who did best of all that keep the goal."""
+    fit = [each for each in fixed if each.lasts and not each.hot]
+    best = max(fit, key=lambda each: each.correct, default=None)
+    life = "lasts" if controller.lasts else f"dies after {controller.hours:.1f} h"
+    said = f"the controller {life}, {controller.correct:.0f} right; "
+    if best is None:
+        return said + "no fixed budget keeps the goal"
+    return said + f"of the fixed budgets that keep the goal, {best.policy[6:]} has the most, {best.correct:.0f}"
 
 
 def _explain_battery(args: argparse.Namespace, joules: float, idle_watts: float) -> str:
@@ -247,12 +262,26 @@ def _explain_battery(args: argparse.Namespace, joules: float, idle_watts: float)
     return said + (f"; {idle_wh:.3g} Wh of it go to the idle device ({idle_watts:g} W)" if idle_wh else "")
 
 
-def _choose_table(points, name: str | None):
-    """The columns of the device that was named; else the only ones, or those of this device."""
+def _clocked(args: argparse.Namespace):
+    """The model's operating points, and the columns of the device that was named; else the only ones, or those of this device."""
+    from iret.zoo import load
+
+    points = load(args.model).points
+    if points is None:
+        raise ValueError(
+            f"{args.model} has no operating points; find them with `iret calibrate {args.model} --data DATA`."
+        )
+    if not points.devices:
+        raise ValueError(f"{args.model} has no clock; measure it with `iret calibrate {args.model} --device-only`.")
+    if args.clock is not None or len(points.devices) > 1:
+        return points, points.table_of(args.clock or _here())
+    return points, points.devices[0]
+
+
+def _here() -> str:
+    """This device, as a table names it."""
     import torch
 
     from iret.doctor import describe_device
 
-    if name is not None or len(points.devices) > 1:
-        return points.table_of(name or describe_device(torch.device("cpu"), "float32"))
-    return points.devices[0]
+    return describe_device(torch.device("cpu"), "float32")
