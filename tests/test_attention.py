@@ -16,6 +16,7 @@ from iret.attention import (
     choose_backend,
     class_row,
     column_mean,
+    head_shares,
 )
 from iret.tokens import Tokens, pack
 
@@ -332,6 +333,22 @@ def test_equal_keys_receive_exactly_equal_attention(function):
     assert torch.equal(got, got[:, :1].expand_as(got))
 
 
-def test_equal_keys_of_one_image_receive_exactly_equal_attention():
-    got = class_row(torch.randn(1, 6, 4), torch.ones(1, 60, 6, 4), make_tokens((60,)), torch.rand(6))[1:]
+@pytest.mark.parametrize("patches", [9, 16, 59, 196])
+@pytest.mark.parametrize("heads", [2, 6, 24])
+def test_equal_keys_of_one_image_receive_exactly_equal_attention(patches, heads):
+    keys = torch.ones(1, 1 + patches, heads, 4)
+    got = class_row(torch.randn(1, heads, 4), keys, make_tokens((1 + patches,)), torch.rand(heads))[1:]
     assert torch.equal(got, got[:1].expand_as(got))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"), [(1, [1.0]), (2, [0.5, 0.5]), (3, [0.25, 0.25, 0.5]), (4, [0.125, 0.125, 0.25, 0.5])]
+)
+def test_blocks_weigh_as_in_a_running_mean_and_their_heads_alike(blocks, expected):
+    shares = head_shares(blocks, 3)
+    assert torch.equal(shares, torch.tensor(expected).repeat_interleave(3) / 3)
+    attention, running = torch.rand(blocks, 7), None
+    for latest in attention:
+        running = latest if running is None else (running + latest) / 2
+    mean = shares @ attention.repeat_interleave(3, 0)
+    torch.testing.assert_close(mean, running, rtol=0, atol=1e-6)  # float32, sums of up to 12

@@ -17,7 +17,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 import models
+from iret.attention import head_shares
 from iret.model import Iret
+from iret.precision import PRECISIONS, prepare
 from iret.runtime.cost import LIFTINGS, full_macs, macs
 from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, Point, Setting
 from iret.tokens import pack
@@ -370,11 +372,10 @@ def test_no_gradient_reaches_details_that_were_not_sampled():
     assert (images.grad.abs() > 0).any()
 
 
-def test_the_latest_scored_block_weighs_most_and_no_gradient_passes():
+def test_a_stage_asks_all_its_scored_blocks_and_no_gradient_passes():
     stage = make_model(scored_blocks=3, depths=(4, 2, 2)).stages[0]
     heads = stage.blocks[0].attn.num_heads
-    shares = torch.tensor([0.25, 0.25, 0.5]).repeat_interleave(heads) / heads
-    assert torch.equal(stage.head_shares, shares)
+    assert torch.equal(stage.head_shares, head_shares(3, heads))
     with torch.enable_grad():
         after, received = stage(pack(torch.randn(2, 25, 16)), is_scored=True)
     assert after.x_TD.requires_grad
@@ -799,6 +800,34 @@ def test_images_that_hold_no_numbers_are_refused(value):
         make_model().run(images)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"exit_confidence": 0.0}, {"masked": True}, {"rule": "topk"}, {"exit_confidence": (0.0, None)}],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [{}, {"importance": "column"}, {"lifting": "dawn"}], ids=str)
+def test_images_that_hold_no_numbers_are_refused_where_patches_are_dropped_too(value, options, shape):
+    """Also where only another image of the batch has thresholds, and where all would leave before anything is dropped."""
+    model, images = make_model(is_haar=False, **shape), make_images()
+    images[2, 1, 5, 7] = value
+    uneven = torch.full((4, 2), 0.5).double()
+    uneven[2] = 0
+    for batch, thresholds in ((images, 0.5), (images[2:3], 0.5), (images, uneven)):
+        with pytest.raises(ValueError, match="images hold NaN or infinite values"):
+            model.run(batch, thresholds, **options)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("thresholds", [0.0, 0.9])
+def test_no_precision_hides_what_is_no_number(precision, thresholds):
+    images = make_images()
+    images[2, 1, 5, 7] = float("nan")
+    model, context = prepare(make_model(), precision)
+    with context, pytest.raises(ValueError, match="images hold NaN or infinite values"):
+        model.run(images, thresholds)
+
+
 @pytest.mark.parametrize("lifting", LIFTINGS)
 def test_no_pixel_hides_what_is_no_number(lifting):
     """It is told by the first tokens, so every pixel must be part of one, by whatever arithmetic."""
@@ -851,7 +880,7 @@ def test_a_call_without_a_budget_refuses_what_a_run_refuses():
     with pytest.raises(ValueError, match="images hold NaN or infinite values"):
         make_model()(images)
     with pytest.raises(ValueError, match="B 1 or more"):
-        make_model()._check_images(images[:0])
+        make_model().check_images(images[:0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -894,7 +923,7 @@ def test_images_of_bytes_are_refused_with_what_to_do():
     with pytest.raises(
         ValueError, match=r"uint8 .* takes floating \[B, 3, 32, 48\], B 1 or more\. model\.preprocess makes them"
     ):
-        make_model()._check_images(torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
+        make_model().check_images(torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from iret.runtime.choice import Choice, Layout, choose, to_importance
 from iret.runtime.keep import RULES, keep
-from iret.selection import MOMENTUM, accumulate, replace_importance, select, take_images
+from iret.selection import replace_importance, select, take_images
 from iret.tokens import Tokens, pack
 
 DEAD = -np.inf
@@ -156,16 +156,6 @@ def test_a_threshold_of_one_keeps_all_of_exactly_uniform_attention(form):
         if not choice.kept_T.all():
             cut.append(count)
     assert cut == []
-
-
-def test_accumulation_weighs_the_latest_block_most():
-    first = accumulate(None, torch.tensor([0.0, 1.0]))
-    assert first.tolist() == [0.0, 1.0]
-    assert MOMENTUM == 0.5
-    second = accumulate(first, torch.tensor([1.0, 0.0]))
-    third = accumulate(second, torch.tensor([1.0, 0.0]))
-    assert third.tolist() == [0.75, 0.25]
-    assert accumulate(first, torch.tensor([1.0, 0.0]), momentum=0.75).tolist() == [0.25, 0.75]
 
 
 # ---- the cut

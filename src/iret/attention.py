@@ -31,6 +31,7 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, "Tokens | None"], Tensor]
 AttentionBackend = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], Tensor]  # starts, width, log(size)
 
 _varlen_attn: Callable[..., Any] | None = getattr(varlen, "varlen_attn", None)
+MOMENTUM = 0.5  # of the running mean over a stage's scored blocks
 UNSPLIT = {"num_splits": 1} if _varlen_attn and "num_splits" in inspect.signature(_varlen_attn).parameters else {}
 
 
@@ -169,6 +170,14 @@ _attend_op.register_autograd(_backward, setup_context=_setup_context)
 # ---- importance, from queries and keys of all heads that are asked, of one block or of several side by side
 
 
+def head_shares(blocks: int, heads: int) -> Float[Tensor, " H"]:
+    """What each head of a stage's scored blocks weighs: a running mean over the blocks, in which the last weighs most."""
+    shares = torch.ones(1)
+    for _ in range(blocks - 1):
+        shares = torch.cat([MOMENTUM * shares, torch.tensor([1 - MOMENTUM])])
+    return shares.repeat_interleave(heads) / heads
+
+
 def class_row(
     q: Float[Tensor, "B H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens, shares: Float[Tensor, " H"]
 ) -> Float[Tensor, " T"]:
@@ -217,7 +226,7 @@ def _over_patches(
         logits = logits + size[:, None, None, 1:].log()
     if is_live is not None:
         logits = logits.masked_fill(~is_live[:, None, None], float("-inf"))
-    weights = (logits.float().softmax(-1) * shares[:, None, None]).sum(1)
+    weights = logits.float().softmax(-1).mul_(shares[:, None, None]).sum(1)  # in place: column means have N x N weights
     if query_is_live is None:
         weights = weights.mean(1)
     else:

@@ -95,6 +95,28 @@ class Classifier(
         mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (own.mean, own.std))
         return (images - mean) / std
 
+    def check_images(self, images: Tensor) -> None:
+        """Raises ValueError for what is no floating [B, C, Y, X] of this model's size and number format."""
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"images are a {type(images).__name__}, not a tensor; model.preprocess makes one of photos."
+            )
+        wanted = (self.shape.in_chans, *self.shape.img_size)
+        if images.dim() != 4 or not len(images) or tuple(images.shape[1:]) != wanted or not images.is_floating_point():
+            raise ValueError(
+                f"images are {images.dtype} {tuple(images.shape)}; this model takes floating [B, "
+                f"{', '.join(map(str, wanted))}], B 1 or more. model.preprocess makes them from photos."
+            )
+        if images.dtype != self.pos_embed.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(
+                f"images are {images.dtype}, the model {self.pos_embed.dtype}; convert one, or use torch.autocast."
+            )
+
+    def refuse_no_numbers(self, images: Tensor) -> None:
+        """Raises ValueError for images with NaN or infinite values; it reads all of them."""
+        if not images.isfinite().all():
+            raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")
+
     def save_pretrained(
         self, save_directory: str | Path, *, repo_id: str | None = None, push_to_hub: bool = False, **push_options
     ) -> str | None:

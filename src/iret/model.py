@@ -17,7 +17,6 @@ early exit is the journal version's anytime prediction.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iret.attention import ATTENTIONS, IMPORTANCE_FUNCTIONS
+from iret.attention import ATTENTIONS, IMPORTANCE_FUNCTIONS, head_shares
 from iret.classifier import Classifier
 from iret.lifting import Lifting, lifting_penalty
 from iret.output import Output, Record
@@ -34,7 +33,7 @@ from iret.runtime.cost import Shape
 from iret.runtime.keep import read_exits, read_strengths
 from iret.runtime.points import Plan, Point
 from iret.runtime.timing import strengths_of
-from iret.selection import accumulate, check_control, replace_importance, select, take_images
+from iret.selection import check_control, replace_importance, select, take_images
 from iret.tokens import Tokens, pack
 from iret.vit import NORM_EPS, Block, Evidence, init_linear, sincos_positions
 
@@ -44,7 +43,7 @@ MAX_GRAPHS = 64  # of one compiled model; torch would stop at 8
 class Stage(nn.Module):
     """Blocks of one width, with the head that can answer after them."""
 
-    head_shares: Tensor  # of each head of the scored blocks, in the running mean over those blocks
+    head_shares: Tensor
 
     def __init__(self, shape: Shape, index: int, attention: str, drop_path_rates: list[float]) -> None:
         super().__init__()
@@ -57,8 +56,7 @@ class Stage(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.head = nn.Linear(dim, shape.num_classes) if shape.num_classes else nn.Identity()
-        shares = reduce(accumulate, torch.eye(self.num_scored)).repeat_interleave(heads) / heads
-        self.register_buffer("head_shares", shares, persistent=False)
+        self.register_buffer("head_shares", head_shares(self.num_scored, heads), persistent=False)
 
     def forward(self, tokens: Tokens, is_scored: bool) -> tuple[Tokens, Float[Tensor, " T"] | None]:
         """The tokens after all blocks and, if scored, the attention each patch received in the last of them."""
@@ -74,7 +72,7 @@ class Stage(nn.Module):
     @torch.no_grad()
     def received(self, tokens: Tokens, found: list[Evidence]) -> Float[Tensor, " T"]:
         """Attention each patch received, all scored blocks in one step: sums to 1 an image, 0 at class tokens."""
-        q, k = (torch.cat([getattr(each, name) for each in found], -2) for name in ("q", "k"))
+        q, k = torch.cat([each.q for each in found], -2), torch.cat([each.k for each in found], -2)
         return IMPORTANCE_FUNCTIONS[self.importance](q, k, tokens, self.head_shares)
 
     def answer(self, tokens: Tokens) -> Float[Tensor, "B classes"]:
@@ -158,7 +156,7 @@ class Iret(Classifier):
             budget = self.budget_for(ms=ms, joules=joules)
         if not isinstance(budget, Tensor) and budget == 1:
             return self.stages[-1].head(self.forward_features(images)[:, 0])
-        self._check_images(images)
+        self.check_images(images)
         thresholds, confidence = self._look_up(budget, len(images))
         strengths = read_strengths(thresholds, len(images), len(self.transitions))
         return self._answer(images, strengths, read_exits(confidence, len(images), len(self.transitions)))
@@ -191,7 +189,7 @@ class Iret(Classifier):
 
     def forward_features(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
         """Normalised tokens of the last stage with nothing dropped, class token first."""
-        self._check_images(images)
+        self.check_images(images)
         tokens, patches = self._embed(images)
         self._check_numbers(images, tokens.x_TD)
         layout = Layout.whole(len(images), self.shape.num_patches)
@@ -227,7 +225,7 @@ class Iret(Classifier):
         Raises:
             ValueError: images that do not fit or hold NaN, thresholds that do not fit, a budget that cannot be had.
         """
-        self._check_images(images)
+        self.check_images(images)
         if not self.num_classes:
             raise ValueError(
                 "this model has no classes to answer with; call forward_features, or reset_classifier(N) first."
@@ -265,7 +263,10 @@ class Iret(Classifier):
         layout = Layout.whole(len(images), self.shape.num_patches)
         drops, refined_T = bool(strengths.any()), None  # None: every patch that has a token
         tokens, patches = self._embed(images)
-        if not drops or self.shape.lifting == "dawn":
+        is_told_later = (
+            drops and self.shape.lifting != "dawn" and self.own_precision != "int8"
+        )  # whose integers hide NaN
+        if not is_told_later:
             self._check_numbers(images, tokens.x_TD)
         for index, stage in enumerate(self.stages):
             is_last = index == len(self.stages) - 1
@@ -279,8 +280,8 @@ class Iret(Classifier):
             if is_last:
                 break
             seen_T = None if received is None else received.float().cpu().numpy()
-            if not index and seen_T is not None and not math.isfinite(seen_T.sum()):  # fewer numbers than tokens hold
-                self._check_numbers(images, tokens.x_TD)
+            if is_told_later and not index and not math.isfinite(seen_T.sum()):  # fewer numbers, on the host already
+                self.refuse_no_numbers(images)
             if exits is not None:
                 confidence = answers.detach().softmax(1).amax(1).cpu().numpy()
                 goes_on = confidence < exits[:, index].astype(np.float32)
@@ -332,34 +333,18 @@ class Iret(Classifier):
         details = self.lifting.details(patches, level)
         return self.transitions[stage - 1](tokens, details, torch.from_numpy(rows).to(patches.device))
 
-    def _check_images(self, images: Tensor) -> None:
-        if not isinstance(images, Tensor):
-            raise ValueError(
-                f"images are a {type(images).__name__}, not a tensor; model.preprocess makes one of photos."
-            )
-        wanted = (self.shape.in_chans, *self.shape.img_size)
-        if images.dim() != 4 or not len(images) or tuple(images.shape[1:]) != wanted or not images.is_floating_point():
-            raise ValueError(
-                f"images are {images.dtype} {tuple(images.shape)}; this model takes floating [B, "
-                f"{', '.join(map(str, wanted))}], B 1 or more. model.preprocess makes them from photos."
-            )
-        if images.dtype != self.pos_embed.dtype and not torch.is_autocast_enabled(images.device.type):
-            raise ValueError(
-                f"images are {images.dtype}, the model {self.pos_embed.dtype}; convert one, or use torch.autocast."
-            )
-
     def _check_numbers(self, images: Tensor, x_TD: Tensor) -> None:
         """Raises ValueError for images that hold NaN or infinite values.
 
         Seen in their first tokens `x_TD`, which are fewer numbers and have a part of every pixel. Not where DAWN's tanh makes
-        numbers of infinities.
+        numbers of infinities. (Where patches drop, `look` sees it in the attention received: each token has a part of that.)
         """
         if torch.compiler.is_compiling():
             return  # reading a value would break the graph
         seen = images if self.shape.lifting == "dawn" else x_TD
         total = seen.sum(dtype=torch.promote_types(seen.dtype, torch.float32)).item()
-        if not math.isfinite(total) and not images.isfinite().all():  # else it is the weights
-            raise ValueError("images hold NaN or infinite values; check how they were read and normalised.")
+        if not math.isfinite(total):
+            self.refuse_no_numbers(images)
 
     def lifting_loss(self, images: Float[Tensor, "B C Y X"]) -> Float[Tensor, ""]:
         """The lifting regulariser, mean over levels."""

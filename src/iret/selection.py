@@ -1,4 +1,4 @@
-"""The cut itself: attention accumulated over blocks, and the tokens of the patches that stay.
+"""The cut itself: the tokens of the patches that stay.
 
 Read first: `runtime.choice`, which decides on the host what stays.
 """
@@ -8,20 +8,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from iret.runtime.choice import Choice, Layout, to_starts
 from iret.tokens import Tokens
 
 CONTROLS = ("attention", "random", "inverse")
-MOMENTUM = 0.5  # of the running mean over a stage's scored blocks: the last block weighs most
-
-
-def accumulate(
-    running: Float[Tensor, "*tokens"] | None, latest: Float[Tensor, "*tokens"], momentum: float = MOMENTUM
-) -> Float[Tensor, "*tokens"]:
-    """Running mean of the attention that patches received, over the scored blocks of one stage."""
-    return latest if running is None else torch.lerp(latest, running, momentum)
 
 
 def select(

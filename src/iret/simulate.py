@@ -123,6 +123,10 @@ class Outcome:
         str, np.ndarray
     ]  # hour, battery (share), budget, accuracy (unanswered are wrong), celsius; NaN: no image
 
+    @property
+    def life(self) -> str:
+        return "lasts" if self.lasts else f"dies after {self.hours:.1f} h"
+
 
 def simulate(menu: Menu, goal: Goal, day: Day) -> list[Outcome]:
     """The controller's day, then that of each operating point from the cheapest; the last is the dearest budget.
@@ -231,6 +235,12 @@ def _sample(day: Day, times: np.ndarray, played: np.ndarray, end_s: float) -> di
     }
 
 
+def best_of(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The one with the most right answers of those that last and stay cool; None: none does."""
+    fit = [outcome for outcome in outcomes if outcome.lasts and not outcome.hot]
+    return max(fit, key=lambda outcome: outcome.correct, default=None)
+
+
 def draw(outcomes: Sequence[Outcome], path: Path, title: str, max_celsius: float | None = None) -> None:
     """Battery, budget and accuracy over the day, and temperature where there is a cap.
 
@@ -239,10 +249,9 @@ def draw(outcomes: Sequence[Outcome], path: Path, title: str, max_celsius: float
     from matplotlib.figure import Figure  # slow to load, and only pictures need it
 
     controller, *fixed = outcomes
-    fit = [outcome for outcome in fixed if outcome.lasts and not outcome.hot]
     named = {fixed[-1].policy: ("#D55E00", "--")} if fixed else {}  # Okabe and Ito's colours
-    if fit:
-        named[max(fit, key=lambda outcome: outcome.correct).policy] = ("#009E73", "-.")
+    if best := best_of(fixed):
+        named[best.policy] = ("#009E73", "-.")
     rows = [
         ("battery", "battery (%)", 100),
         ("budget", "budget\n(share of MACs)", 1),
@@ -260,8 +269,7 @@ def draw(outcomes: Sequence[Outcome], path: Path, title: str, max_celsius: float
             if outcome is controller:
                 color, dashes, width = "#0072B2", "-", 2.6
             if outcome is controller or outcome.policy in named:
-                life = "lasts" if outcome.lasts else f"dies after {outcome.hours:.1f} h"
-                text = f"{outcome.policy}: {life}, {outcome.correct / outcome.images:.1%} of all images right"
+                text = f"{outcome.policy}: {outcome.life}, {outcome.correct / outcome.images:.1%} of all images right"
             hours, values = outcome.series["hour"], scale * outcome.series[key]
             seen = np.isfinite(values)
             axes.plot(hours[seen], values[seen], color=color, linestyle=dashes, linewidth=width, label=text)

@@ -39,7 +39,7 @@ class Tokens:
         return int(self.starts.diff().max()) if self.most is None else self.most
 
     def with_x(self, x_TD: Float[Tensor, "T D"]) -> "Tokens":
-        # what `replace` does, in a tenth of the time: every stage and transition waits for it at batch 1
+        # `dataclasses.replace` takes longer, and every stage and transition waits for it at batch 1
         return Tokens(x_TD, self.cell_T, self.starts, self.is_even, self.size_T, self.most)
 
     def image_T(self) -> Int[Tensor, " T"]:

@@ -198,6 +198,23 @@ def test_an_integer_is_a_threshold():
     assert read_strengths(1, 1, 1).tolist() == [[[1.0, 1.0]]]
 
 
+def test_thresholds_are_read_anew_where_they_may_have_changed():
+    """Numbers and tuples of them are remembered, per batch and rule; what can be written into is not."""
+    row, number = [0.5, 0.5], np.array(0.5)
+    for value in (row, (row[0], number), number):
+        assert read_strengths(value, 1, 2)[0, 1].tolist() == [0.5, 0.5]
+    row[1], number[...] = 0.75, 0.75
+    for value in (row, (row[0], number), number):
+        assert read_strengths(value, 1, 2)[0, 1].tolist() == [0.75, 0.75]
+    kept = read_strengths((0.5, 0.75), 2, 2)
+    assert read_strengths((0.5, 0.75), 2, 2) is kept
+    assert not kept.flags.writeable
+    assert read_strengths((0.5, 0.75), 3, 2).shape == (3, 2, 2)
+    assert read_strengths((2, 3), 1, 2).tolist() == [[[2.0, 2.0], [3.0, 3.0]]]
+    with pytest.raises(ValueError, match="below 1"):
+        read_strengths((2, 3), 1, 2, "topk")
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -5,7 +5,7 @@ import pytest
 
 from iret.runtime.choice import Layout
 from iret.runtime.cost import Shape, plan_macs
-from iret.runtime.record import Grids, Output, Record, Trace
+from iret.runtime.record import Output, Record, SingleRecord, Trace
 
 # Three stages on a grid of 2 x 3 patches of 4 px.
 SHAPE = Shape(
@@ -133,7 +133,7 @@ def test_grids_of_a_graph_say_what_notes_of_the_same_run_say(drops):
         [(everything, everything, first + 12), (everything, everything, first + 18)],
     ]
     found[0].append((np.array([0, 3]), np.array([0]), np.array([np.inf, 6, 8, 11], np.float32)))
-    grids = Grids(SHAPE, found, np.full((2, 2, 2), float(drops)))
+    grids = SingleRecord(SHAPE, found, np.full((2, 2, 2), float(drops)))
 
     record = Record(SHAPE, 2)
     record.add(0, Layout.whole(2, 6), None)

@@ -272,7 +272,14 @@ def weigh(rows: np.ndarray) -> np.ndarray:
 def test_bundles_that_do_not_run_in_a_browser_are_refused_by_name():
     raw = json.loads(make_bundle().to_json())
     fixed = [[{"file": "stage_0.onnx", "tokens": 17}]]
-    changes = [{}, {"format": 3}, {"kind": "openvino"}, {"is_single": True}, {"stages": fixed}, {"is_convolved": True}]
+    changes = [
+        {},
+        {"format": 3},
+        {"kind": "openvino"},
+        {"is_single": True, "format": 3},
+        {"stages": fixed},
+        {"is_convolved": True},
+    ]
     fine, newer, other, single, buckets, convolved = ask(*(("whyNot", raw | each) for each in changes))
     assert fine is None
     assert "format 3" in newer

@@ -67,7 +67,7 @@ def test_a_day_says_whose_battery_it_is_what_idles_away_and_what_comes(capsys):
     assert (rows[1][2], rows[-1][3]) == ("yes", "no")  # the full budget dies seconds before the end
     said = day(capsys, "--battery-wh", "0.5", "--arrivals", "steady")
     assert "a battery of 0.5 Wh\n" in said and "steady arrivals" in said
-    assert "this machine is" not in said  # the clock was named
+    assert "no clock of" not in said  # the clock was named
 
 
 def test_a_day_ends_with_who_did_best_of_all_that_keep_the_goal(capsys):
@@ -88,7 +88,17 @@ def test_a_day_at_the_costs_of_another_machine_says_so(capsys, monkeypatch):
     monkeypatch.setattr("iret.verbs.dial._here", lambda: "a Pi")
     monkeypatch.setattr(OperatingPoints, "table_of", lambda self, _: self.devices[0])
     assert cli.main(words) == 0
-    assert f"this machine is a Pi; `iret calibrate {NANO} --device-only` measures it\n" in capsys.readouterr().err
+    said = f"there is no clock of a Pi; `iret calibrate {NANO} --device-only --out FOLDER` measures it\n"
+    assert said in capsys.readouterr().err
+
+
+def test_a_cap_is_a_goal_too(capsys):
+    """Of budgets that last, those that get too hot keep no goal; and a controller that cannot stay cool is not praised."""
+    words = ["--battery-wh", "50", "--arrivals", "steady", "--rate", "40", "--kelvin-per-watt"]
+    warm = day(capsys, *words, "100", "--max-celsius", "30").splitlines()[-1]
+    assert re.search(r"the controller lasts, \d+ right; of the fixed budgets that keep the goal, 0\.\d+ has", warm)
+    hot = day(capsys, *words, "9000", "--max-celsius", "26").splitlines()[-1]
+    assert re.search(r"the controller lasts, \d+ right, \d+ of its images above the cap; no fixed budget keeps", hot)
 
 
 @pytest.mark.parametrize(

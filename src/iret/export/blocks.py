@@ -85,7 +85,7 @@ class Blocks(nn.Module):
         super().__init__()
         self.is_convolved = is_convolved and stage.norm.weight.shape[0] >= MIN_CONVOLVED_WIDTH
         rewrite: Rewrite = PointwiseConvolution if self.is_convolved else lambda linear: linear
-        unscored = len(stage.blocks) - min(stage.num_scored, len(stage.blocks)) if is_scored else len(stage.blocks)
+        unscored = len(stage.blocks) - stage.num_scored if is_scored else len(stage.blocks)
         self.importance = stage.importance
         self.blocks = nn.ModuleList(
             _Block(block, None if place < unscored else stage.importance, rewrite)

@@ -91,13 +91,15 @@ def read_strengths(value: object, batch: int, transitions: int, rule: str = "thr
             strengths = np.stack([strengths, strengths], axis=-1)
         _check_strengths(strengths, rule)
         return strengths
-    try:
-        return _read_fixed(value, batch, transitions, rule)
-    except TypeError:  # a list
-        return _read_anew(value, batch, transitions, rule)
+    return (_read_known if _is_fixed(value) else _read)(value, batch, transitions, rule)
 
 
-def _read_anew(value: object, batch: int, transitions: int, rule: str) -> np.ndarray:
+def _is_fixed(value: object) -> bool:
+    """Whether it is a number, or a tuple of such, so that what is equal to it can be read alike."""
+    return type(value) in (float, int) or (type(value) is tuple and all(map(_is_fixed, value)))
+
+
+def _read(value: object, batch: int, transitions: int, rule: str) -> np.ndarray:
     check_rule(rule)
     entries = list(value) if isinstance(value, (list, tuple)) else [value] * transitions
     pairs = tuple(tuple(entry) if isinstance(entry, (list, tuple)) else (entry, entry) for entry in entries)
@@ -117,7 +119,7 @@ def _read_anew(value: object, batch: int, transitions: int, rule: str) -> np.nda
     return np.broadcast_to(rows, (batch, transitions, 2))  # read-only, as it is shared
 
 
-_read_fixed = lru_cache(maxsize=128)(_read_anew)  # a fixed setting is read again for every image
+_read_known = lru_cache(maxsize=128)(_read)  # a fixed setting is read again for every image
 
 
 def read_exits(value: object, batch: int, transitions: int) -> np.ndarray | None:

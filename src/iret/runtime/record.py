@@ -27,7 +27,7 @@ class Trace:
     importance: np.ndarray  # float [S - 1, B, rows, columns]: "times uniform", what each choice saw; NaN elsewhere
 
     @classmethod
-    def of(cls, record: "Record | Grids", stage_logits: np.ndarray) -> "Trace":
+    def of(cls, record: "Record | SingleRecord", stage_logits: np.ndarray) -> "Trace":
         """Of a run that is over, and what its heads said."""
         return cls(stage_logits, record.exits, *record.grids, record.importance())
 
@@ -136,7 +136,7 @@ def _is_patch(layout: Layout) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Grids:
+class SingleRecord:
     """What a graph that chooses inside did, of images that all passed every stage; read as a `Record` is."""
 
     shape: Shape
@@ -159,7 +159,7 @@ class Grids:
         flags = np.broadcast_to(scored, len(self.found)).tolist()
         spent = []
         for seen, flag in zip(self.found, flags, strict=True):
-            kept, refined, _ = ([len(tokens) - 1 for tokens in step] for step in zip(*seen, strict=True))
+            kept, refined = ([len(step[place]) - 1 for step in seen] for place in range(2))
             spent.append(plan_macs(self.shape, [self.shape.num_patches, *kept], [0, *refined], scored=flag))
         return np.array(spent, dtype=np.int64)
 

@@ -37,7 +37,7 @@ from iret.runtime.points import (
     setting_of,
 )
 from iret.runtime.preprocess import Source
-from iret.runtime.record import Grids, Output, Record, Trace
+from iret.runtime.record import Output, Record, SingleRecord, Trace
 from iret.runtime.single import run_single
 from iret.runtime.stage import Batch, Stage
 from iret.runtime.whole import Whole
@@ -205,18 +205,16 @@ class Session:
         if whole and not whole.is_made:
             whole = self._whole = whole if whole.make() else None
             started = self._clock()  # once in a session: no part of what a run takes
-        record: Record | Grids
+        record: Record | SingleRecord
         if self.bundle.is_single:
             record, stage_logits = run_single(self._stages[0], batch, self.shape, strengths)
         elif whole:
             record, stage_logits = whole.run(batch)
         else:
             record, stage_logits = self._run_staged(batch, strengths, exits, until, rule)
-        logits, count, look = (
-            record.answer(stage_logits),
-            partial(_count, record, strengths),
-            partial(Trace.of, record, stage_logits),
-        )
+        logits = record.answer(stage_logits)
+        count = partial(_count, record, strengths)
+        look = partial(Trace.of, record, stage_logits)
         return Output(logits, count, look, self._clock() - started, batch.engine_s, budgets)
 
     # ---- settings
@@ -379,7 +377,7 @@ class Session:
         return np.ascontiguousarray(images)
 
 
-def _count(record: Record | Grids, strengths: np.ndarray) -> np.ndarray:
+def _count(record: Record | SingleRecord, strengths: np.ndarray) -> np.ndarray:
     """MACs of each image, once somebody asks."""
     return record.macs(scored=np.asarray(strengths.any((1, 2))))
 

@@ -6,11 +6,11 @@ Read first: `session`. The graph: `iret.export.graphs.SingleGraph`.
 import numpy as np
 
 from iret.runtime.cost import Shape
-from iret.runtime.record import Grids
+from iret.runtime.record import SingleRecord
 from iret.runtime.stage import Batch, Stage
 
 
-def run_single(stage: Stage, images: Batch, shape: Shape, strengths: np.ndarray) -> tuple[Grids, np.ndarray]:
+def run_single(stage: Stage, images: Batch, shape: Shape, strengths: np.ndarray) -> tuple[SingleRecord, np.ndarray]:
     """What was looked at, and logits [S, B, classes] (NaN but for the last head).
 
     As in a run of stages, no importance is noted of an image that has no threshold: nothing was chosen.
@@ -21,4 +21,4 @@ def run_single(stage: Stage, images: Batch, shape: Shape, strengths: np.ndarray)
         logits, *seen = stage.call(images, [images.images[row, None], thresholds])
         stage_logits[-1, row] = logits[0]
         found.append(list(zip(seen[0::3], seen[1::3], seen[2::3], strict=True)))
-    return Grids(shape, found, strengths), stage_logits
+    return SingleRecord(shape, found, strengths), stage_logits

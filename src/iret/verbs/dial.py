@@ -184,7 +184,7 @@ def do_bench(args: argparse.Namespace) -> int:
 
 
 def do_simulate(args: argparse.Namespace) -> int:
-    from iret.simulate import Day, Thermal, draw, simulate
+    from iret.simulate import Day, Thermal, best_of, draw, simulate
 
     check_picture(args.show)
     check_above_zero(args, "hours", "rate", "battery_wh", "busy", "max_celsius", "kelvin_per_watt")
@@ -216,10 +216,10 @@ def do_simulate(args: argparse.Namespace) -> int:
     say(f"{args.arrivals} arrivals: {outcomes[0].images} images come, of {stated:.0f} stated (--arrivals, --busy)")
     say(f"costs of {table.device}; {_explain_joules(table)}; right answers are expected from held-out accuracy")
     if args.clock is None and table.device != _here():
-        say(f"this machine is {_here()}; `iret calibrate {args.model} --device-only` measures it")
+        say(f"there is no clock of {_here()}; {_remedy(args.model, '--device-only')} measures it")
     say("a fixed budget is one operating point for every image")
     _print_outcomes(outcomes)
-    say(_sum_up(*outcomes))
+    say(_sum_up(outcomes[0], best_of(outcomes[1:])))
     return 0
 
 
@@ -242,15 +242,15 @@ def _print_outcomes(outcomes) -> None:
     )
 
 
-def _sum_up(controller, *fixed) -> str:
-    """Who did best of all that keep the goal."""
-    fit = [each for each in fixed if each.lasts and not each.hot]
-    best = max(fit, key=lambda each: each.correct, default=None)
-    life = "lasts" if controller.lasts else f"dies after {controller.hours:.1f} h"
-    said = f"the controller {life}, {controller.correct:.0f} right; "
+def _sum_up(controller, best) -> str:
+    """The controller beside the best fixed budget that keeps the goal, or None."""
+    said = f"the controller {controller.life}, {controller.correct:.0f} right"
+    if controller.hot:
+        said += f", {controller.hot} of its images above the cap"
     if best is None:
-        return said + "no fixed budget keeps the goal"
-    return said + f"of the fixed budgets that keep the goal, {best.policy[6:]} has the most, {best.correct:.0f}"
+        return said + "; no fixed budget keeps the goal"
+    policy = best.policy.removeprefix("fixed ")
+    return said + f"; of the fixed budgets that keep the goal, {policy} has the most, {best.correct:.0f}"
 
 
 def _explain_battery(args: argparse.Namespace, joules: float, idle_watts: float) -> str:
@@ -268,14 +268,17 @@ def _clocked(args: argparse.Namespace):
 
     points = load(args.model).points
     if points is None:
-        raise ValueError(
-            f"{args.model} has no operating points; find them with `iret calibrate {args.model} --data DATA`."
-        )
+        raise ValueError(f"{args.model} has no operating points; find them with {_remedy(args.model, '--data DATA')}.")
     if not points.devices:
-        raise ValueError(f"{args.model} has no clock; measure it with `iret calibrate {args.model} --device-only`.")
+        raise ValueError(f"{args.model} has no clock; measure it with {_remedy(args.model, '--device-only')}.")
     if args.clock is not None or len(points.devices) > 1:
         return points, points.table_of(args.clock or _here())
     return points, points.devices[0]
+
+
+def _remedy(model: str, words: str) -> str:
+    """A command that calibrates: in place if the model is a folder of the user's, else into a new one."""
+    return f"`iret calibrate {model} {words}{'' if Path(model).is_dir() else ' --out FOLDER'}`"
 
 
 def _here() -> str:
