@@ -27,7 +27,7 @@ def exported(monkeypatch):
         asked.update(options, name=model.name, out=out, kind=kind, form=form)
         out.mkdir()
         (out / "stage_0").write_bytes(b"12345")
-        bundle = type("Bundle", (), {"checksums": {"stage_0": ""}, "kind": kind})
+        bundle = type("Bundle", (), {"checksums": {"stage_0": ""}, "kind": kind, "is_convolved": form.convolutions})
         return bundle, Parity(compared=4, agree=4, accuracy=JUDGED if form.int8 else ())
 
     monkeypatch.setattr(exporting, "export", export)
@@ -47,11 +47,13 @@ def test_options_arrive(exported, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("word", ["single_graph", "convolutions"])
-def test_each_form_has_its_word(exported, tmp_path, word):
+def test_each_form_has_its_word(exported, tmp_path, capsys, word):
     words = ["export", "iret_pico-cifar10", "--out", str(tmp_path / "bundle"), f"--{word.replace('_', '-')}"]
     assert main(words) == 0
     assert exported["form"] == Form(**{word: True})
     assert exported["kind"] == "onnx"
+    how = ", slower," if word == "convolutions" else ""
+    assert f"runs on onnxruntime or{how} openvino" in capsys.readouterr().err
 
 
 def test_data_are_held_out_images_as_the_model_takes_them(exported, tmp_path, capsys):

@@ -39,7 +39,8 @@ def do_export(args: argparse.Namespace) -> int:
     say(str(parity))
     if parity.accuracy:
         print_table(COLUMNS, [_row(each) for each in parity.accuracy])
-    say(f"{out}: {len(bundle.checksums)} files, {size / 1e6:.1f} MB, runs on {' or '.join(ENGINES[bundle.kind])}")
+    engines = " or, slower, ".join(ENGINES["onnx"]) if bundle.is_convolved else " or ".join(ENGINES[bundle.kind])
+    say(f"{out}: {len(bundle.checksums)} files, {size / 1e6:.1f} MB, runs on {engines}")
     return 0
 
 
