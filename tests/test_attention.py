@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 from iret import attention
 from iret.attention import (
+    LOGITS,
     attend,
     attend_each,
     attend_padded,
     attend_varlen,
     choose_backend,
-    class_row,
-    column_mean,
     head_shares,
+    receive,
 )
 from iret.tokens import Tokens, pack
 
@@ -35,9 +35,9 @@ def make_tokens(counts: tuple[int, ...] = COUNTS, sizes: str = "ones") -> Tokens
     return Tokens(torch.zeros(len(cells), 1), cells, starts, len(set(counts)) == 1, size_T)
 
 
-def random_qkv(tokens: Tokens, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def random_qkv(tokens: Tokens, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
     """Two heads of width 4; logits of a few units, so that no softmax is nearly uniform."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return [2 * torch.randn(len(tokens.cell_T), 2, 4, dtype=dtype) for _ in range(3)]
 
 
@@ -267,27 +267,27 @@ def softmax_over_patches(q: torch.Tensor, k: torch.Tensor, tokens: Tokens, only_
     return out
 
 
-def ask(function, q: torch.Tensor, k: torch.Tensor, tokens: Tokens, shares: torch.Tensor | None = None) -> torch.Tensor:
-    """Importance from packed queries of all tokens; every head weighs the same."""
-    shares = torch.full((q.shape[1],), 1 / q.shape[1]) if shares is None else shares
-    return function(q[tokens.starts[:-1]] if function is class_row else q, k, tokens, shares)
+def ask(
+    importance: str, q: torch.Tensor, k: torch.Tensor, tokens: Tokens, shares: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What patches received in one block, packed or, where `q` and `k` are, dense; every head weighs the same."""
+    shares = torch.full((q.shape[-2],), 1 / q.shape[-2]) if shares is None else shares
+    return receive([LOGITS[importance](q, k, None if q.dim() == 4 else tokens)], tokens, shares)
 
 
 @pytest.mark.parametrize("counts", [COUNTS, (4, 4, 4), (6,)])
 @pytest.mark.parametrize("sizes", ["ones", "merged", "masked"])
-@pytest.mark.parametrize("function", [class_row, column_mean])
-def test_importance_is_the_softmax_over_the_patches_of_an_image(function, counts, sizes):
+@pytest.mark.parametrize("importance", ["cls", "column"])
+def test_importance_is_the_softmax_over_the_patches_of_an_image(importance, counts, sizes):
     tokens = make_tokens(counts, sizes if counts != COUNTS or sizes != "masked" else "merged")
     if sizes == "masked" and counts == COUNTS:  # the image of one patch must keep it
         tokens = replace(tokens, size_T=torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1]))
     q, k, _ = random_qkv(tokens)
-    got = ask(function, q, k, tokens)
-    expected = softmax_over_patches(q, k, tokens, only_class=function is class_row)
+    got = ask(importance, q, k, tokens)
+    expected = softmax_over_patches(q, k, tokens, only_class=importance == "cls")
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-6)  # float32, means of up to 14 rows
     if tokens.is_even and tokens.size_T is None:
-        batch = tokens.batch_size
-        q = q.view(batch, -1, *q.shape[1:])
-        dense = function(q[:, 0] if function is class_row else q, k.view(q.shape), tokens, torch.full((2,), 0.5))
+        dense = ask(importance, *(each.unflatten(0, (tokens.batch_size, -1)) for each in (q, k)), tokens)
         torch.testing.assert_close(dense, got, rtol=0, atol=5e-7)  # float32, the same numbers in other steps
     sums = torch.zeros(len(counts)).index_add(0, tokens.image_T(), got)
     torch.testing.assert_close(sums, torch.ones(len(counts)), rtol=0, atol=2e-6)
@@ -298,38 +298,48 @@ def test_class_row_by_hand():
     # One head of width 1: the class token's logits over three patches are ln 1, ln 2, ln 1.
     k = torch.tensor([9.0, 0.0, math.log(2), 0.0]).view(4, 1, 1)
     q = torch.tensor([1.0, -7.0, 5.0, 3.0]).view(4, 1, 1)
-    got = ask(class_row, q, k, make_tokens((4,)))
+    got = ask("cls", q, k, make_tokens((4,)))
     torch.testing.assert_close(got, torch.tensor([0.0, 0.25, 0.5, 0.25]), rtol=0, atol=1e-7)  # float32
 
 
 def test_class_row_averages_heads_after_the_softmax():
     k = torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, 0.0]]).unsqueeze(2)
     q = torch.ones(3, 2, 1)
-    got = ask(class_row, q, k, make_tokens((3,)))
+    got = ask("cls", q, k, make_tokens((3,)))
     torch.testing.assert_close(got, torch.tensor([0.0, 0.625, 0.375]), rtol=0, atol=1e-7)  # 1/2, 1/2 and 3/4, 1/4
 
 
 @pytest.mark.parametrize("is_dense", [True, False])
 def test_heads_weigh_what_their_shares_say(is_dense):
     k = torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, 0.0]]).unsqueeze(2)
-    got = class_row(torch.ones(1, 2, 1), k[None] if is_dense else k, make_tokens((3,)), torch.tensor([0.25, 0.75]))
+    k = k[None] if is_dense else k
+    got = ask("cls", torch.ones_like(k), k, make_tokens((3,)), torch.tensor([0.25, 0.75]))
     torch.testing.assert_close(got, torch.tensor([0.0, 0.6875, 0.3125]), rtol=0, atol=1e-7)  # 1/2, 1/2 and 3/4, 1/4
+
+
+@pytest.mark.parametrize("counts", [COUNTS, (4, 4, 4), (6,)])
+def test_blocks_are_received_side_by_side(counts):
+    tokens, shares = make_tokens(counts), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    (q1, k1, _), (q2, k2, _) = random_qkv(tokens), random_qkv(tokens, seed=1)
+    both = receive([LOGITS["cls"](q, k, tokens) for q, k in ((q1, k1), (q2, k2))], tokens, shares)
+    apart = ask("cls", q1, k1, tokens, shares[:2]) + ask("cls", q2, k2, tokens, shares[2:])
+    torch.testing.assert_close(both, apart, rtol=0, atol=1e-6)  # float32, sums of four
 
 
 def test_column_mean_by_hand():
     # Patches answer ln 3 : 1 to a query of 1, 1 : 1 to a query of 0; of three queries one is 1.
     k = torch.tensor([5.0, math.log(3), 0.0]).view(3, 1, 1)
     q = torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1)
-    got = ask(column_mean, q, k, make_tokens((3,)))
+    got = ask("column", q, k, make_tokens((3,)))
     expected = torch.tensor([0.0, (0.5 + 0.75 + 0.5) / 3, (0.5 + 0.25 + 0.5) / 3])
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-7)  # float32, mean of 3
 
 
-@pytest.mark.parametrize("function", [class_row, column_mean])
-def test_equal_keys_receive_exactly_equal_attention(function):
+@pytest.mark.parametrize("importance", ["cls", "column"])
+def test_equal_keys_receive_exactly_equal_attention(importance):
     tokens = make_tokens((8, 8))
     q, _, _ = random_qkv(tokens)
-    got = ask(function, q, torch.ones(16, 2, 4), tokens).view(2, 8)[:, 1:]
+    got = ask(importance, q, torch.ones(16, 2, 4), tokens).view(2, 8)[:, 1:]
     assert torch.equal(got, got[:, :1].expand_as(got))
 
 
@@ -337,7 +347,7 @@ def test_equal_keys_receive_exactly_equal_attention(function):
 @pytest.mark.parametrize("heads", [2, 6, 24])
 def test_equal_keys_of_one_image_receive_exactly_equal_attention(patches, heads):
     keys = torch.ones(1, 1 + patches, heads, 4)
-    got = class_row(torch.randn(1, heads, 4), keys, make_tokens((1 + patches,)), torch.rand(heads))[1:]
+    got = ask("cls", torch.randn_like(keys), keys, make_tokens((1 + patches,)), torch.rand(heads))[1:]
     assert torch.equal(got, got[:1].expand_as(got))
 
 

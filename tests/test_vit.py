@@ -2,7 +2,6 @@
 
 import copy
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -110,16 +109,16 @@ def test_evidence_is_given_only_where_it_is_asked_for():
 
 
 @pytest.mark.parametrize("is_dense", [True, False])
-def test_evidence_is_the_queries_that_are_asked_and_all_keys(is_dense):
+@pytest.mark.parametrize("importance", ["cls", "column"])
+def test_evidence_is_the_logits_of_those_who_are_asked_and_carries_no_gradient(importance, is_dense):
     attention, tokens = randomise(Attention(32, 2)), ragged((4, 4), 32)
-    q, k, _ = attention.qkv(tokens.x_TD).view(8, 3, 2, 16).unbind(1)
+    q, k, _ = attention.qkv(tokens.x_TD).view(2, 4, 3, 2, 16).permute(2, 0, 3, 1, 4)
     x, own = (tokens.x_TD.view(2, 4, 32), None) if is_dense else (tokens.x_TD, tokens)
-    classes, columns = (attention(x, own, name)[1] for name in ("cls", "column"))
-    close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)  # float32, the same products of 32
-    close(classes.q, q[[0, 4]])
-    close(columns.q.reshape(q.shape), q)
-    for evidence in (classes, columns):
-        close(evidence.k.reshape(k.shape), k)
+    update, evidence = attention(x, own, importance)
+    asking = q[:, :, :1] if importance == "cls" else q
+    torch.testing.assert_close(evidence.logits, asking @ k[:, :, 1:].mT / 4, rtol=0, atol=1e-5)  # float32, sums of 32
+    assert update.requires_grad
+    assert not evidence.logits.requires_grad
 
 
 # ---- drop path

@@ -4,8 +4,8 @@
 packed back ends where they do not, equal to one another. A token of size s weighs s * exp(q . k): `log(size)` is added to
 the logits, `-inf` at size 0, so merging and masking are one rule and the fused kernel stays.
 
-`class_row` and `column_mean` say how much attention each patch received. The class row is one more query row beside the
-fused kernel; the column mean needs all N x N weights and is the dearer alternative.
+Importance is how much attention each patch received: from the class token, one more query row beside the fused kernel, or
+from all tokens, which needs all N x N weights and is the dearer alternative.
 
 Read next: `selection`, which turns importance into kept tokens.
 """
@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -167,7 +167,48 @@ def _setup_context(ctx, inputs, output) -> None:
 _attend_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-# ---- importance, from queries and keys of all heads that are asked, of one block or of several side by side
+# ---- importance: logits of those who are asked, block by block, and what patches received in all of them
+
+
+def class_logits(
+    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens | None
+) -> Float[Tensor, "B H 1 P"]:
+    """Each image's class token asks its P patches; -inf where an image has fewer. Without `tokens`: dense [B, N, H, E]."""
+    # The same in fewer steps, each of which costs at batch 1. They round differently, which would tell in half precision.
+    if tokens is None and len(q) == 1 and q.dtype == torch.float32:
+        keys, unread, scale = k[0, 1:].permute(1, 2, 0), q[0, :1, :1, :1], q.shape[-1] ** -0.5
+        return torch.baddbmm(unread, q[0, :1].transpose(0, 1), keys, beta=0, alpha=scale)[None]
+    return _patch_logits(q[:, :1] if tokens is None else q[tokens.starts[:-1], None], k, tokens)
+
+
+def column_logits(
+    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens | None
+) -> Float[Tensor, "B H N P"]:
+    """All N tokens of an image ask its P patches, as in `class_logits`."""
+    return _patch_logits(q if tokens is None else q[_places(tokens)[0]], k, tokens)
+
+
+LOGITS = {"cls": class_logits, "column": column_logits}
+
+
+def _places(tokens: Tokens) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
+    return pad_index(tokens.starts, tokens.width)
+
+
+def _patch_logits(q_BQHE: Tensor, k: Tensor, tokens: Tokens | None) -> Float[Tensor, "B H Q P"]:
+    q_BHEQ, index = (q_BQHE * q_BQHE.shape[-1] ** -0.5).permute(0, 2, 3, 1), None
+    if tokens is None:
+        k_BNHE = k
+    elif tokens.is_even:
+        k_BNHE = k.unflatten(0, (tokens.batch_size, -1))
+    else:
+        index, is_live = _places(tokens)
+        k_BNHE = k[index]
+    logits = (k_BNHE[:, 1:].transpose(1, 2) @ q_BHEQ).mT
+    if tokens is not None and tokens.size_T is not None:
+        size = tokens.size_T.view(tokens.batch_size, -1) if index is None else tokens.size_T[index]
+        logits = logits + size[:, None, None, 1:].log()
+    return logits if index is None else logits.masked_fill(~is_live[:, None, None, 1:], float("-inf"))
 
 
 def head_shares(blocks: int, heads: int) -> Float[Tensor, " H"]:
@@ -178,64 +219,26 @@ def head_shares(blocks: int, heads: int) -> Float[Tensor, " H"]:
     return shares.repeat_interleave(heads) / heads
 
 
-def class_row(
-    q: Float[Tensor, "B H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens, shares: Float[Tensor, " H"]
+def receive(
+    logits: Sequence[Float[Tensor, "B h Q P"]], tokens: Tokens, shares: Float[Tensor, " H"]
 ) -> Float[Tensor, " T"]:
-    """Attention of class tokens `q` over the patches of their image, heads by `shares`: sums to 1 an image, 0 at class tokens."""
-    # The same in fewer steps, each of which costs at batch 1. They round differently, which would tell in half precision.
-    if k.dim() == 4 and len(k) == 1 and q.dtype == torch.float32:
-        keys, unread, scale = k[0, 1:].permute(1, 2, 0), q[:1, :1, :1], q.shape[-1] ** -0.5
-        logits_HQN = torch.baddbmm(unread, q.transpose(0, 1), keys, beta=0, alpha=scale)
-        received = torch.mv(logits_HQN.softmax(-1)[:, 0].t(), shares)
+    """Attention each patch received of those who asked: in the mean over them, heads of all blocks by their `shares`.
+
+    It sums to 1 an image, and is 0 at class tokens.
+    """
+    weights = (logits[0] if len(logits) == 1 else torch.cat(logits, 1)).float().softmax(-1)
+    shares = shares.float()
+    if len(weights) == weights.shape[2] == 1:  # what follows, in fewer steps
+        received = torch.mv(weights[0, :, 0].t(), shares)
         return torch.cat([received.new_zeros(1), received])
-    return _over_patches(q.unsqueeze(1), k, tokens, shares)
-
-
-def column_mean(
-    q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens, shares: Float[Tensor, " H"]
-) -> Float[Tensor, " T"]:
-    """Attention over an image's patches from all its tokens: mean over queries, normalised as `class_row`."""
-    if k.dim() == 4:
-        return _over_patches(q, k, tokens, shares)
-    index, is_live = _places(tokens)
-    if tokens.size_T is not None:
-        is_live = is_live & (tokens.size_T > 0)[index]
-    return _over_patches(q[index], k, tokens, shares, is_live)
-
-
-def _places(tokens: Tokens) -> tuple[Int[Tensor, "B N"], Tensor]:
-    return pad_index(tokens.starts, tokens.width)
-
-
-def _over_patches(
-    q_BQHE: Tensor, k: Tensor, tokens: Tokens, shares: Tensor, query_is_live: Tensor | None = None
-) -> Tensor:
-    """Softmax of the given queries over the patches of their image, heads by their shares, mean over (live) queries, packed."""
-    batch, scale, is_live = tokens.batch_size, q_BQHE.shape[-1] ** -0.5, None
-    q_BHEQ = (q_BQHE * scale).permute(0, 2, 3, 1)
-    if k.dim() == 4:
-        k_BNHE = k
-    elif tokens.is_even:
-        k_BNHE = k.unflatten(0, (batch, -1))
-    else:
-        index, is_live = _places(tokens)
-        k_BNHE, is_live = k[index], is_live[:, 1:]
-    logits = (k_BNHE[:, 1:].transpose(1, 2) @ q_BHEQ).mT  # [B, H, Q, N]
-    if tokens.size_T is not None:
-        size = tokens.size_T.view(batch, -1) if is_live is None else tokens.size_T[index]
-        logits = logits + size[:, None, None, 1:].log()
-    if is_live is not None:
-        logits = logits.masked_fill(~is_live[:, None, None], float("-inf"))
-    weights = logits.float().softmax(-1).mul_(shares[:, None, None]).sum(1)  # in place: column means have N x N weights
-    if query_is_live is None:
+    weights = weights.mul_(shares[:, None, None]).sum(1)  # in place: columns have N x P of them
+    if weights.shape[1] == 1 or (tokens.is_even and tokens.size_T is None):
         weights = weights.mean(1)
     else:
-        alive = query_is_live[..., None].float()
+        index, is_live = _places(tokens)
+        alive = (is_live if tokens.size_T is None else is_live & (tokens.size_T > 0)[index])[..., None].float()
         weights = (weights * alive).sum(1) / alive.sum(1)
     weights = F.pad(weights, (1, 0))
-    if is_live is None:
+    if tokens.is_even:
         return weights.flatten()
-    return weights.flatten().index_select(0, places_in_padded(tokens.starts, weights.shape[1], len(k)))
-
-
-IMPORTANCE_FUNCTIONS = {"cls": class_row, "column": column_mean}
+    return weights.flatten().index_select(0, places_in_padded(tokens.starts, weights.shape[1], len(tokens.cell_T)))

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iret.attention import ATTENTIONS, IMPORTANCE_FUNCTIONS, head_shares
+from iret.attention import ATTENTIONS, head_shares, receive
 from iret.classifier import Classifier
 from iret.lifting import Lifting, lifting_penalty
 from iret.output import Output, Record
@@ -35,7 +35,7 @@ from iret.runtime.points import Plan, Point
 from iret.runtime.timing import strengths_of
 from iret.selection import check_control, replace_importance, select, take_images
 from iret.tokens import Tokens, pack
-from iret.vit import NORM_EPS, Block, Evidence, init_linear, sincos_positions
+from iret.vit import NORM_EPS, Block, init_linear, sincos_positions
 
 MAX_GRAPHS = 64  # of one compiled model; torch would stop at 8
 
@@ -66,14 +66,8 @@ class Stage(nn.Module):
         for place, block in enumerate(self.blocks):
             x, evidence = block(x, None if is_dense else tokens, None if place < unscored else self.importance)
             if evidence is not None:
-                found.append(evidence)
-        return tokens.with_x(x.flatten(0, -2)), self.received(tokens, found) if found else None
-
-    @torch.no_grad()
-    def received(self, tokens: Tokens, found: list[Evidence]) -> Float[Tensor, " T"]:
-        """Attention each patch received, all scored blocks in one step: sums to 1 an image, 0 at class tokens."""
-        q, k = torch.cat([each.q for each in found], -2), torch.cat([each.k for each in found], -2)
-        return IMPORTANCE_FUNCTIONS[self.importance](q, k, tokens, self.head_shares)
+                found.append(evidence.logits)
+        return tokens.with_x(x.flatten(0, -2)), receive(found, tokens, self.head_shares) if found else None
 
     def answer(self, tokens: Tokens) -> Float[Tensor, "B classes"]:
         first_BD = tokens.x_TD[:1] if tokens.batch_size == 1 else tokens.x_TD[tokens.starts[:-1]]

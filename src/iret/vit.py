@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iret.attention import AttentionFunction, attend
+from iret.attention import LOGITS, AttentionFunction, attend
 from iret.tokens import Tokens
 
 NORM_EPS = 1e-6  # timm's value for ViT
@@ -23,8 +23,7 @@ NORM_EPS = 1e-6  # timm's value for ViT
 class Evidence:
     """What a block saw; a field is added when a second method needs it."""
 
-    q: Float[Tensor, "..."]  # of those that are asked for importance: class tokens [B, H, E], or every token, as `k`
-    k: Float[Tensor, "*tokens H E"]
+    logits: Float[Tensor, "B H Q P"]  # of those asked for importance, for the patches; see `iret.attention`
 
 
 class Attention(nn.Module):
@@ -45,9 +44,8 @@ class Attention(nn.Module):
         out = self.proj(self.function(q, k, v, tokens).flatten(-2))
         if importance is None:
             return out, None
-        if importance == "cls":
-            q = q[:, 0] if tokens is None else q[tokens.starts[:-1]]
-        return out, Evidence(q, k)
+        with torch.no_grad():
+            return out, Evidence(LOGITS[importance](q, k, tokens))
 
 
 class Mlp(nn.Module):

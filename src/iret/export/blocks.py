@@ -107,7 +107,7 @@ class Blocks(nn.Module):
         return x.flatten(0, -2), self.received(torch.cat(scored, 1), bias) if scored else None
 
     def received(self, logits: Float[Tensor, "B H Q N"], bias: Float[Tensor, "B 1 1 N"] | None) -> Tensor:
-        """[B, patches]: as `iret.attention.class_row` and `column_mean`, of all scored heads at once; sums to 1 an image."""
+        """[B, patches]: as `iret.attention.receive`; sums to 1 an image."""
         weights = _plus(logits, bias)[..., 1:].softmax(-1)
         if self.importance == "cls" or bias is None:
             weights = weights.mean(2)
