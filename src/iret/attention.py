@@ -219,9 +219,7 @@ def head_shares(blocks: int, heads: int) -> Float[Tensor, " H"]:
     return shares.repeat_interleave(heads) / heads
 
 
-def receive(
-    logits: Sequence[Float[Tensor, "B h Q P"]], tokens: Tokens, shares: Float[Tensor, " H"]
-) -> Float[Tensor, " T"]:
+def receive(logits: list[Float[Tensor, "B h Q P"]], tokens: Tokens, shares: Float[Tensor, " H"]) -> Float[Tensor, " T"]:
     """Attention each patch received of those who asked: in the mean over them, heads of all blocks by their `shares`.
 
     It sums to 1 an image, and is 0 at class tokens.
