@@ -172,8 +172,8 @@ _attend_op.register_autograd(_backward, setup_context=_setup_context)
 
 def class_logits(
     q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens | None
-) -> Float[Tensor, "B H 1 P"]:
-    """Each image's class token asks its P patches; -inf where an image has fewer. Without `tokens`: dense [B, N, H, E]."""
+) -> Float[Tensor, "B H 1 patches"]:
+    """Each image's class token asks its patches; -inf where an image has fewer. Without `tokens`: dense [B, N, H, E]."""
     # The same in fewer steps, each of which costs at batch 1. They round differently, which would tell in half precision.
     if tokens is None and len(q) == 1 and q.dtype == torch.float32:
         keys, unread, scale = k[0, 1:].permute(1, 2, 0), q[0, :1, :1, :1], q.shape[-1] ** -0.5
@@ -183,8 +183,8 @@ def class_logits(
 
 def column_logits(
     q: Float[Tensor, "*tokens H E"], k: Float[Tensor, "*tokens H E"], tokens: Tokens | None
-) -> Float[Tensor, "B H N P"]:
-    """All N tokens of an image ask its P patches, as in `class_logits`."""
+) -> Float[Tensor, "B H N patches"]:
+    """All N tokens of an image ask its patches, as in `class_logits`."""
     return _patch_logits(q if tokens is None else q[_places(tokens)[0]], k, tokens)
 
 
@@ -195,7 +195,7 @@ def _places(tokens: Tokens) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
     return pad_index(tokens.starts, tokens.width)
 
 
-def _patch_logits(q_BQHE: Tensor, k: Tensor, tokens: Tokens | None) -> Float[Tensor, "B H Q P"]:
+def _patch_logits(q_BQHE: Tensor, k: Tensor, tokens: Tokens | None) -> Float[Tensor, "B H Q patches"]:
     q_BHEQ, index = (q_BQHE * q_BQHE.shape[-1] ** -0.5).permute(0, 2, 3, 1), None
     if tokens is None:
         k_BNHE = k
@@ -219,7 +219,9 @@ def head_shares(blocks: int, heads: int) -> Float[Tensor, " H"]:
     return shares.repeat_interleave(heads) / heads
 
 
-def receive(logits: list[Float[Tensor, "B h Q P"]], tokens: Tokens, shares: Float[Tensor, " H"]) -> Float[Tensor, " T"]:
+def receive(
+    logits: list[Float[Tensor, "B h Q patches"]], tokens: Tokens, shares: Float[Tensor, " H"]
+) -> Float[Tensor, " T"]:
     """Attention each patch received of those who asked: in the mean over them, heads of all blocks by their `shares`.
 
     It sums to 1 an image, and is 0 at class tokens.
@@ -229,7 +231,7 @@ def receive(logits: list[Float[Tensor, "B h Q P"]], tokens: Tokens, shares: Floa
     if len(weights) == weights.shape[2] == 1:  # what follows, in fewer steps
         received = torch.mv(weights[0, :, 0].t(), shares)
         return torch.cat([received.new_zeros(1), received])
-    weights = weights.mul_(shares[:, None, None]).sum(1)  # in place: columns have N x P of them
+    weights = weights.mul_(shares[:, None, None]).sum(1)  # in place: columns have N x N of them
     if weights.shape[1] == 1 or (tokens.is_even and tokens.size_T is None):
         weights = weights.mean(1)
     else:

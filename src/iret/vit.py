@@ -23,7 +23,7 @@ NORM_EPS = 1e-6  # timm's value for ViT
 class Evidence:
     """What a block saw; a field is added when a second method needs it."""
 
-    logits: Float[Tensor, "B H Q P"]  # of those asked for importance, for the patches; see `iret.attention`
+    logits: Float[Tensor, "B H Q patches"]  # of those asked for importance, for the patches; see `iret.attention`
 
 
 class Attention(nn.Module):
