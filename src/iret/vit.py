@@ -44,8 +44,7 @@ class Attention(nn.Module):
         out = self.proj(self.function(q, k, v, tokens).flatten(-2))
         if importance is None:
             return out, None
-        with torch.no_grad():
-            return out, Evidence(LOGITS[importance](q, k, tokens))
+        return out, Evidence(LOGITS[importance](q.detach(), k.detach(), tokens))
 
 
 class Mlp(nn.Module):
