@@ -257,9 +257,8 @@ class Iret(Classifier):
         layout = Layout.whole(len(images), self.shape.num_patches)
         drops, refined_T = bool(strengths.any()), None  # None: every patch that has a token
         tokens, patches = self._embed(images)
-        is_told_later = (
-            drops and self.shape.lifting != "dawn" and self.own_precision != "int8"
-        )  # whose integers hide NaN
+        # by the attention received, from which int8 hides NaN, as DAWN hides infinities
+        is_told_later = drops and self.shape.lifting != "dawn" and self.own_precision != "int8"
         if not is_told_later:
             self._check_numbers(images, tokens.x_TD)
         for index, stage in enumerate(self.stages):
