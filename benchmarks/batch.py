@@ -6,8 +6,8 @@ ratio, or every image at its own ("mixed"), drawn evenly, as when the requests o
 turn: the whole model; the packed run (`Iret.replay`, choosing included); its *ceiling*, the same layers at the same counts
 with nothing scored, chosen or gathered; the same run with the whole block padded to its longest image, those that left as
 well; and the packed run after `model.compile()`, against its own full run. What padding costs hangs on a batch's longest
-image, so the same ratio of MACs stands there for a hundred other batches drawn alike, too: mean, least and most. Beside them
-a static ViT of DeiT-S shape, and peak memory by budget.
+image, so the same ratio of MACs stands there for a hundred other batches drawn alike, too: mean, least and most; and some
+other mixed batches are timed, packed and padded in turn. Beside them a static ViT of DeiT-S shape, and peak memory by budget.
 
     python benchmarks/batch.py --out results/...     takes some minutes; run it alone on the machine
 """
@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 import iret
 from iret import doctor
-from iret.measure.latency import measure_latency, pin_threads, ratio
+from iret.measure.latency import Latency, measure_latency, pin_threads, ratio
 from iret.precision import prepare
 from iret.runtime.cost import full_macs, plan_macs
 from iret.runtime.points import Plan, Point
@@ -45,6 +45,7 @@ from iret.vit import VisionTransformer
 from iret.zoo import load
 
 RATIOS = (1.5, 2.5, 4.0)
+PEAKS = 5  # processes: what the allocator keeps differs by tens of MiB
 DRAWS = 100  # other batches, to see what padding costs them: it hangs on a batch's longest image
 
 
@@ -165,7 +166,21 @@ def choosing_share(call: Callable[[], object], stopwatch: Stopwatch) -> float:
     return statistics.median(shares)
 
 
-def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
+def time_others(
+    model: iret.Iret, images: torch.Tensor, batches: list[list[Plan]], point: Point
+) -> tuple[list[tuple[float, float]], dict[str, Latency]]:
+    """Of further batches, what padding costs on the clock and in MACs, and the samples."""
+    found, samples = [], {}
+    for number, plans in enumerate(batches):
+        work = {"packed": lambda plans=plans: model.replay(images, plans, point)}
+        work["padded"] = lambda plans=plans: padded(model, images, plans)
+        timed = measure_latency(work, rounds=3, warm_up=1, lead=1)
+        found.append((timed["padded"].p50_ms / timed["packed"].p50_ms, padding(model, plans)))
+        samples |= {f"other mixed batch {number}, {name}": latency for name, latency in timed.items()}
+    return found, samples
+
+
+def time_all(args: argparse.Namespace) -> tuple[list[dict], list[tuple[float, float]], dict[str, Latency]]:
     torch.manual_seed(0)
     model, context = prepare(iret.create_model("iret_small").eval(), args.precision)
     rows, budgets = plans_of(args.counts, args.data, 8 * args.batch, model)
@@ -187,6 +202,7 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
     makers["mixed"] = partial(mix_plans, rows, budgets, draw, args.batch)
     batches = {name: make() for name, make in makers.items()}
     others = {name: [padding(model, make()) for _ in range(DRAWS)] for name, make in makers.items()}
+    other_batches = [makers["mixed"]() for _ in range(args.others)]
     for name, plans in batches.items():
         macs = mean_macs(model, plans)
         work[f"packed {name}"] = lambda plans=plans: model.replay(images, plans, point)
@@ -202,6 +218,7 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
         spread[f"packed {name}"] = counts
     with context, torch.inference_mode(), pin_threads(1):
         samples = measure_latency(work, rounds=args.rounds, warm_up=2, lead=1)
+        timed_others, samples_of_others = time_others(model, images, other_batches, point)
         stopwatch = Stopwatch()  # only now: it takes time itself
         stopwatch.include_scores()
         choosing = {name: choosing_share(call, stopwatch) for name, call in work.items() if name.startswith("packed")}
@@ -219,7 +236,7 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], dict]:
             drawn = others[name.removeprefix("packed ")]
             row["macs_of_others"] = [statistics.mean(drawn), min(drawn), max(drawn)]
         found.append(row)
-    return found, samples
+    return found, timed_others, samples | samples_of_others
 
 
 def peak_mib(budget: float, batch: int) -> float:
@@ -250,8 +267,17 @@ with torch.inference_mode():
 def command_of(args: argparse.Namespace) -> str:
     """What was typed, without the paths of this machine."""
     words = {"counts": Path(args.counts).name, "data": name_of(args.data), "precision": args.precision}
-    words |= {"batch": args.batch, "rounds": args.rounds, "out": f"results/{args.out.name}"}
+    words |= {"batch": args.batch, "rounds": args.rounds, "others": args.others, "out": f"results/{args.out.name}"}
     return " ".join(["python benchmarks/batch.py", *(f"--{name} {value}" for name, value in words.items())])
+
+
+def say_others(others: list[tuple[float, float]]) -> str:
+    times, macs = zip(*others, strict=True)
+    return (
+        f"{len(others)} other mixed batches, timed: padded / packed {statistics.mean(times):.2f} ({min(times):.2f} to "
+        f"{max(times):.2f}), 1.8 or more in {sum(each >= 1.8 for each in times)}; in MACs {statistics.mean(macs):.2f} "
+        f"({min(macs):.2f} to {max(macs):.2f})."
+    )
 
 
 def main() -> None:
@@ -261,13 +287,20 @@ def main() -> None:
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--others", type=int, default=24, help="further mixed batches to time, packed and padded")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    rows, samples = time_all(args)
-    memory = {budget: peak_mib(budget, 64) for budget in (1.0, 0.6, 0.4, 0.25)}
-    found = {"command": command_of(args), "rows": rows, "peak_mib_batch_64": memory, "env": doctor.report()}
+    rows, others, samples = time_all(args)
+    memory = {budget: [peak_mib(budget, 64) for _ in range(PEAKS)] for budget in (1.0, 0.6, 0.4, 0.25)}
+    found = {
+        "command": command_of(args),
+        "rows": rows,
+        "padded_over_packed_of_others": others,
+        "peak_mib_batch_64": memory,
+        "env": doctor.report(),
+    }
     (args.out / "batch.json").write_text(json.dumps(found, indent=1) + "\n")
     with (args.out / "samples.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -292,8 +325,12 @@ def main() -> None:
             for row in rows
         ),
         "",
-        "Peak memory over the loaded model, batch 64: "
-        + ", ".join(f"budget {budget:g}: {mib:.0f} MiB" for budget, mib in memory.items()),
+        *([say_others(others), ""] if others else []),
+        f"Peak memory over the loaded model, batch 64, median of {PEAKS} processes: "
+        + ", ".join(
+            f"budget {budget:g}: {statistics.median(mib):.0f} MiB ({min(mib):.0f} to {max(mib):.0f})"
+            for budget, mib in memory.items()
+        ),
     ]
     (args.out / "README.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

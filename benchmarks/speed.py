@@ -6,9 +6,10 @@ full count the ceiling is the *plain* model, against which `model(images)` is he
 transitions and head, are timed beside it. Choosing (scoring, rules, gathering) is also timed
 inside. `model.run`, which also answers at every stage and keeps the trace, is timed beside it, and the same budget after
 `model.compile()`, held against the same eager ceiling. What scoring takes in a compiled graph is the time of its stages with
-it less that without.
+it less that without. Processes differ by where their weights lie in memory, so all of it is done in several, one after another,
+and what is reported is their median.
 
-    python benchmarks/speed.py --out results/...     takes about four minutes; run it alone on the machine
+    python benchmarks/speed.py --out results/...     takes about eight minutes; run it alone on the machine
 """
 
 import argparse
@@ -21,6 +22,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -38,6 +42,7 @@ from iret.tokens import Tokens, pack
 
 RATIOS = (1.0, 1.5, 2.5, 4.0, 6.0)
 WARMUP = 3  # rounds
+Samples = dict[str, list[tuple[float, float]]]
 ON_HOST = ("to_importance", "replace_importance", "choose", "select")
 
 
@@ -78,6 +83,32 @@ def table_of(model: iret.Iret, rungs: dict[float, int]) -> OperatingPoints:
         for rung, mean in sorted({**rungs, 0.0: full}.items())
     ]
     return OperatingPoints(data="one image", num_images=1, full_macs=full, points=tuple(points))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one process found: seconds of every call and of choosing in it, patches per stage and MACs by MAC ratio."""
+
+    samples: Samples
+    timed_inside: Samples
+    counts_of: dict[float, list[int]]
+    macs_of: dict[float, int]
+
+    def milliseconds(self, name: str) -> float:
+        return 1e3 * statistics.median(spent for spent, _ in self.samples[name])
+
+    def ratio(self, over: str, under: str) -> float:
+        """Of times, median over the rounds: within a round drift does not touch it."""
+        pairs = zip(self.samples[over], self.samples[under], strict=True)
+        return statistics.median(a / b for (a, _), (b, _) in pairs)
+
+    def choosing(self, kind: str, ratio: float) -> float:
+        """Share of the time of one run, `kind` "budget" or "compiled"."""
+        found = statistics.median(chosen / spent for spent, chosen in self.timed_inside[f"{kind} {ratio}"])
+        if kind == "budget" or ratio == 1:  # at 1 nothing is chosen
+            return found
+        trios = zip(*(self.samples[f"{name} {ratio}"] for name in ("scored", "unscored", kind)), strict=True)
+        return found + statistics.median((a - b) / c for (a, _), (b, _), (c, _) in trios)
 
 
 class Stopwatch:
@@ -122,13 +153,11 @@ def thresholds_for(model: iret.Iret, images: Tensor, ratio: float) -> tuple[floa
     return high
 
 
-def interleave(
-    functions: dict[str, Callable[[], object]], rounds: int, stopwatch: Stopwatch | None = None
-) -> dict[str, list[tuple[float, float]]]:
+def interleave(functions: dict[str, Callable[[], object]], rounds: int, stopwatch: Stopwatch | None = None) -> Samples:
     """Seconds of every call and of choosing in it; each round calls all, so that drift hits all alike, in an order of its own,
     each after an untimed call of the same, as in a stream of images."""
     draw = random.Random(0)
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    samples: Samples = {name: [] for name in functions}
     for round_ in range(rounds + WARMUP):
         for name in draw.sample(list(functions), len(functions)):
             functions[name]()
@@ -144,11 +173,8 @@ def interleave(
 
 
 @torch.inference_mode()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=60)
-    args = parser.parse_args()
+def measure(rounds: int) -> Measured:
+    """One process's samples."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, _ = prepare(iret.create_model("iret_small").eval(), "float32")
@@ -179,29 +205,33 @@ def main() -> None:
     model.points = compiled.points = table_of(model, rungs)
     every = [torch.randn(1, model.shape.num_patches + 1, dim) for dim in model.shape.embed_dims]
     functions["blocks"] = lambda: blocks_alone(model, every)
-    samples = interleave(functions, args.rounds)
+    samples = interleave(functions, rounds)
     stopwatch = Stopwatch()  # last: it takes time itself
     budgets = {
         kind: {name: functions[name] for name in functions if name.startswith(kind)} for kind in ("compiled", "budget")
     }
-    timed_inside = interleave(budgets["compiled"], args.rounds, stopwatch)
+    timed_inside = interleave(budgets["compiled"], rounds, stopwatch)
     stopwatch.include_scores()
-    timed_inside |= interleave(budgets["budget"], args.rounds, stopwatch)
-    choosing_in = {
-        name: statistics.median(chosen / spent for spent, chosen in each) for name, each in timed_inside.items()
-    }
-    for ratio in RATIOS[1:]:  # at 1 nothing is chosen
-        pairs = zip(samples[f"scored {ratio}"], samples[f"unscored {ratio}"], samples[f"compiled {ratio}"], strict=True)
-        choosing_in[f"compiled {ratio}"] += statistics.median((a - b) / c for (a, _), (b, _), (c, _) in pairs)
+    timed_inside |= interleave(budgets["budget"], rounds, stopwatch)
+    return Measured(samples, timed_inside, counts_of, macs_of)
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=30, help="of each process")
+    args = parser.parse_args()
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        measured = list(pool.map(measure, [args.rounds] * args.processes))
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "samples.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["what", "trial", "time_s", "choosing_s"])
-        for prefix, each in (("", samples), ("with a stopwatch inside, ", timed_inside)):
-            writer.writerows(
-                [prefix + name, trial, *both] for name, times in each.items() for trial, both in enumerate(times)
-            )
+        writer.writerow(["process", "what", "trial", "time_s", "choosing_s"])
+        for process, each in enumerate(measured):
+            for prefix, samples in (("", each.samples), ("with a stopwatch inside, ", each.timed_inside)):
+                for name, times in samples.items():
+                    writer.writerows([process, prefix + name, trial, *both] for trial, both in enumerate(times))
     machine = doctor.processor_name()
     env = {
         "torch": torch.__version__,
@@ -211,42 +241,52 @@ def main() -> None:
         "batch": 1,
     }
     (args.out / "env.json").write_text(json.dumps(env, indent=1) + "\n")
-    (args.out / "recipe.json").write_text(json.dumps({"rounds": args.rounds, "ratios": RATIOS}, indent=1) + "\n")
-    table = report(samples, choosing_in, counts_of, macs_of)
+    recipe = {"processes": args.processes, "rounds": args.rounds, "ratios": RATIOS}
+    (args.out / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
+    table = report(measured)
     said = (
-        f"`python benchmarks/speed.py --rounds {args.rounds}`: `iret_small`, batch 1, one thread, {machine}; medians."
+        f"`python benchmarks/speed.py --processes {args.processes} --rounds {args.rounds}`: `iret_small`, batch 1, one "
+        f"thread, {machine}; medians over {args.processes} processes, in brackets the least and the most of them."
     )
     (args.out / "README.md").write_text("\n".join([said, "", *table, ""]))
     print("\n".join(table))
 
 
-def report(
-    samples: dict[str, list[tuple[float, float]]], choosing_in: dict[str, float], counts_of: dict, macs_of: dict
-) -> list[str]:
-    """Markdown: median times, and medians over the rounds of ratios within a round, which drift does not touch."""
+def report(measured: list[Measured]) -> list[str]:
+    """Markdown."""
+    first = measured[0]
+
+    def median(number_of: Callable[[Measured], float]) -> float:
+        return statistics.median(map(number_of, measured))
 
     def milliseconds(name: str) -> str:
-        return f"{1e3 * statistics.median(spent for spent, _ in samples[name]):.2f}"
+        return f"{median(lambda each: each.milliseconds(name)):.2f}"
 
-    def ratio_of(first: str, second: str) -> float:
-        return statistics.median(a / b for (a, _), (b, _) in zip(samples[first], samples[second], strict=True))
+    def spread(over: str, under: str) -> str:
+        numbers = [each.ratio(over, under) for each in measured]
+        return f"{statistics.median(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
 
     lines = [
         "| MAC ratio | patches | time (ms) | ceiling (ms) | ceiling / time | choosing | share | its ceiling | run (ms) "
         "| compiled (ms) | ceiling / compiled | choosing compiled | share compiled |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for ratio, counts in counts_of.items():
-        budget, ceiling = f"budget {ratio}", f"ceiling {ratio}"
-        real = macs_of[1.0] / macs_of[ratio]
-        share, best = ratio_of("budget 1.0", budget) / real, ratio_of("ceiling 1.0", ceiling) / real
-        compiled = f"compiled {ratio}"
+    for ratio, counts in first.counts_of.items():
+        real = first.macs_of[1.0] / first.macs_of[ratio]
+
+        def share(kind: str, ratio: float = ratio, real: float = real) -> str:
+            return f"{median(lambda each: each.ratio(f'{kind} 1.0', f'{kind} {ratio}')) / real:.2f}"
+
+        def choosing(kind: str, ratio: float = ratio) -> str:
+            return f"{median(lambda each: each.choosing(kind, ratio)):.1%}"
+
+        budget, ceiling, compiled = (f"{kind} {ratio}" for kind in ("budget", "ceiling", "compiled"))
         cells = [f"{real:.2f}", "/".join(map(str, counts)), milliseconds(budget), milliseconds(ceiling)]
-        cells += [f"{ratio_of(ceiling, budget):.3f}", f"{choosing_in[budget]:.1%}", f"{share:.2f}", f"{best:.2f}"]
-        cells += [milliseconds(f"run {ratio}"), milliseconds(compiled), f"{ratio_of(ceiling, compiled):.3f}"]
-        cells += [f"{choosing_in[compiled]:.1%}", f"{ratio_of('compiled 1.0', compiled) / real:.2f}"]
+        cells += [spread(ceiling, budget), choosing("budget"), share("budget"), share("ceiling")]
+        cells += [milliseconds(f"run {ratio}"), milliseconds(compiled), spread(ceiling, compiled)]
+        cells += [choosing("compiled"), share("compiled")]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"Everything kept: the blocks alone / model(images) = {ratio_of('blocks', 'budget 1.0'):.3f}."]
+    lines += ["", f"Everything kept: the blocks alone / model(images) = {spread('blocks', 'budget 1.0')}."]
     return lines
 
 
