@@ -98,9 +98,10 @@ def _add_eval_and_calibrate(verbs) -> None:
     _add_common(evaluate)
 
     calibrate = _verb(verbs, "calibrate", "measure the operating points that --budget needs")
-    calibrate.add_argument("model", help="model folder")
+    calibrate.add_argument("model", help="model folder; with --device-only also an exported bundle")
     calibrate.add_argument("--data", help="as for train; its held-out images are used")
     calibrate.add_argument("--device-only", action="store_true", help="measure the clock of this device alone; no data")
+    calibrate.add_argument("--engine", help="of a bundle (default: the first that runs its kind)")
     calibrate.add_argument("--out", help="model folder to write (default: MODEL, if it is a folder)")
     calibrate.add_argument("--trials", type=int, help="courses through thresholds to try (default 8)")
     calibrate.add_argument("--max-images", type=int, help="held-out images at most (default 5000)")

@@ -53,7 +53,7 @@ def load(model: str | Path) -> Iret:
     if (Path(model) / BUNDLE_NAME).is_file():
         raise ValueError(
             f"{model} is an exported bundle, no model folder; run it with iret.Session({str(model)!r}) in Python or "
-            f"`iret serve {model}`."
+            f"`iret serve {model}`, and time it with `iret calibrate {model} --device-only`."
         )
     if Path(model).is_dir():
         return Iret.from_folder(Path(model))

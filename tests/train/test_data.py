@@ -5,6 +5,7 @@ Images are 4 x 4 px of one grey value, so that a row can be told by its pixels.
 
 import io
 import json
+import re
 import sys
 from dataclasses import replace
 from itertools import chain
@@ -269,6 +270,13 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(hub_cache, monkeypatch):
     )
     with pytest.raises(ValueError, match=message):
         open_data("nobody/nothing", "train", PLAIN)
+
+
+@pytest.mark.parametrize("spec", ["./images", "/data/images", "~/images", "my/own/images"])
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(monkeypatch, spec):
+    monkeypatch.setattr("iret.train.data._hub_splits", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(ValueError, match=re.escape(f"data {spec!r} is no file or folder here, and no hub id")):
+        open_data(spec, "train", PLAIN)
 
 
 def test_without_the_datasets_library_its_extra_is_named(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 
 from iret.doctor import count_usable
 from iret.measure import sources
-from iret.verbs.console import check_above_zero, check_folder, check_idle_watts, choose_meter, set_threads
+from iret.verbs.console import announce_hub, check_above_zero, check_folder, check_idle_watts, choose_meter, set_threads
 
 
 def test_the_watt_hours_of_a_battery_reach_its_meter(monkeypatch):
@@ -82,3 +82,12 @@ def test_idle_watts_are_zero_or_more(watts):
     check_idle_watts(0.0)
     with pytest.raises(ValueError, match=f"--idle-watts {watts:g} must be 0 or more"):
         check_idle_watts(watts)
+
+
+def test_only_what_is_not_here_is_looked_for_on_the_hub(tmp_path, capsys):
+    for other in ("cluttered-digits", str(tmp_path), str(tmp_path / "no" / "such" / "path")):
+        announce_hub(other)
+    assert capsys.readouterr().err == ""
+    for name in ("owner/name", "hf:owner/name"):
+        announce_hub(name)
+        assert capsys.readouterr().err == f"{name} is no file or folder here; asking the Hugging Face hub\n"

@@ -1,12 +1,18 @@
 """Words of `calibrate`, `bench` and `simulate` that would be lost without a sentence, and what a day says of itself."""
 
 import re
+import sys
+from functools import partial
 
 import pytest
 
 from iret import cli
 from iret.presets import CHECKPOINTS
-from iret.runtime.points import OperatingPoints
+from iret.runtime.bundle import FILE_NAME, Bundle
+from iret.runtime.cost import full_macs
+from iret.runtime.points import OperatingPoints, Plan, Point
+from iret.runtime.session import Session
+from models import make_model, write_bundle
 
 NANO = "iret_nano-cluttered-digits"
 
@@ -42,6 +48,66 @@ def test_a_file_in_the_place_of_a_folder_is_said_before_anything_is_measured(tmp
     assert cli.main(line.format(model=NANO, out=out).split()) == 2
     assert re.fullmatch(r"iret: .*mine\.txt cannot be a folder, because .* is a file; .*\n", capsys.readouterr().err)
     assert out.read_text() == "mine"
+
+
+# ---- a bundle's clock
+
+
+@pytest.fixture
+def bundle(tmp_path, monkeypatch):
+    """A folder of one that has a point and no clock, on torch in an engine's place."""
+    model = make_model()
+    plan = Plan((12, 12, 12), (0, 12, 12))
+    full = float(full_macs(model.shape))
+    point = Point(
+        thresholds=((0.0, 0.0),) * 2, accuracy=0.5, macs_mean=full, macs_p95=full, kept_mean=(12.0,) * 3, plans=(plan,)
+    )
+    model.points = OperatingPoints(data="d", num_images=1, full_macs=round(full), points=(point,))
+    load = write_bundle(model, tmp_path / "bundle")
+    monkeypatch.setattr("iret.runtime.session.Session", partial(Session, load=load))
+    monkeypatch.setattr("iret.runtime.timing.fit", lambda calls, *_: (calls, 3, 0.0))  # no 20 seconds
+    return tmp_path / "bundle"
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_bundle_keeps_its_clock_on_an_engine_and_needs_no_torch(bundle, monkeypatch, capsys, engine):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    words = ["calibrate", str(bundle), "--device-only", "--engine", engine, "--threads", "1"]
+    assert cli.main(words) == 0
+    (table,) = Bundle.read(bundle).points.devices
+    said = capsys.readouterr().err
+    assert table.device in said and f"{table.ms_mean[0]:.2f}" in said
+    assert table.device.endswith(f", {engine}, 1 thread, float32")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--data d", "whose points are its model's; --device-only measures its clock here"),
+        ("--device-only --data d", "a bundle is timed as it is; leave out --data"),
+        ("--device-only --trials 2", "leave out --trials"),
+        ("--device-only --max-images 2", "leave out --max-images"),
+        ("--device-only --show a.png", "leave out --show"),
+        ("--device-only --out elsewhere", "leave out --out"),
+        ("--device-only --device cuda", "leave out --device"),
+        ("--device-only --precision int8", "leave out --precision"),
+        ("--device-only --meter rapl", "leave out --meter"),
+        ("--device-only --battery-wh 3", "leave out --battery-wh"),
+        ("--device-only --engine tflite", "engine='tflite' does not run a bundle of kind 'onnx'"),
+        ("--device-only --threads 0", "threads"),
+    ],
+)
+def test_a_bundle_is_timed_as_it_is(bundle, capsys, line, message):
+    before = (bundle / FILE_NAME).read_bytes()
+    assert cli.main(["calibrate", str(bundle), *line.split()]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert message in said[-1] and said[-1].startswith("iret: ")
+    assert (bundle / FILE_NAME).read_bytes() == before
+
+
+def test_an_engine_is_of_a_bundle(capsys):
+    assert cli.main(["calibrate", NANO, "--device-only", "--engine", "onnxruntime", "--out", "x"]) == 2
+    assert f"--engine is of a bundle, and {NANO} is none" in capsys.readouterr().err
 
 
 # ---- simulate

@@ -143,4 +143,5 @@ def test_a_bundle_is_refused_with_what_runs_it(photo, capsys):
     Path("bundle").mkdir()
     Path("bundle/bundle.json").write_text("{}")
     assert cli.main(["predict", photo, "--model", "bundle"]) == 2
-    assert re.fullmatch(r"iret: bundle is an exported bundle, .*`iret serve bundle`\.\n", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"iret: bundle is an exported bundle, .*`iret serve bundle`, and time it with .*\.\n", said)

@@ -116,9 +116,16 @@ def open_data(
         parts = _parquet_splits(path, label_column)
     elif path.is_dir():
         parts = _folder_splits(path)
+    elif not may_be_hub_id(spec):
+        raise ValueError(f"data {spec!r} is no file or folder here, and no hub id (owner/name); check the path.")
     else:
         parts = _hub_splits(spec, label_column)
     return _split(parts, split, spec, preprocess, on_corrupt)
+
+
+def may_be_hub_id(spec: str) -> bool:
+    """Not a path by the look of it; what is here is none whatever its name."""
+    return spec.startswith("hf:") or not (spec.count("/") > 1 or spec.startswith((".", "/", "~")))
 
 
 def name_of(spec: str) -> str:

@@ -83,7 +83,16 @@ def check_idle_watts(watts: float | None) -> None:
 def open_data(args: argparse.Namespace, split: str, model):
     from iret.train.data import open_data
 
+    announce_hub(args.data)
     return open_data(args.data, split, model.preprocessing, on_corrupt=args.on_corrupt, label_column=args.label_column)
+
+
+def announce_hub(data: str) -> None:
+    """Say that data is looked for elsewhere, which takes half a minute where there is no network."""
+    from iret.train.data import EMBEDDED, may_be_hub_id
+
+    if may_be_hub_id(data) and data != EMBEDDED and not Path(data).exists():
+        say(f"{data} is no file or folder here; asking the Hugging Face hub")
 
 
 def set_threads(count: int | None) -> None:
@@ -122,3 +131,14 @@ def choose_meter(args: argparse.Namespace):
             say(f"energy is estimated: {error}")
             return open_meter("estimate")
     return open_meter(args.meter, capacity_wh=args.battery_wh)
+
+
+def measure_bundle(folder: Path, engine: str | None, threads: int | None):
+    """Times the operating points of a bundle here and keeps the clock in it; the session and its table."""
+    from iret.runtime.session import Session
+
+    say("measuring the clock of this machine")
+    session = Session(folder, engine, threads=threads)
+    table = session.measure()
+    session.save()
+    return session, table

@@ -16,6 +16,7 @@ from iret.verbs.console import (
     check_picture,
     choose_meter,
     fail,
+    measure_bundle,
     open_data,
     print_table,
     say,
@@ -23,10 +24,18 @@ from iret.verbs.console import (
 )
 
 SEARCH_NAME = "search.jsonl"
+BUNDLE_LEAVES_OUT = {"data": None, "trials": None, "max_images": None, "show": None, "out": None, "device": "cpu"}
+BUNDLE_LEAVES_OUT |= {"precision": "float32", "meter": "auto", "battery_wh": None}  # and what stands there if not given
 TRIALS = 8  # of `iret calibrate`, unless --trials says otherwise
 
 
 def do_calibrate(args: argparse.Namespace) -> int:
+    from iret.runtime.bundle import FILE_NAME as BUNDLE_NAME
+
+    if (Path(args.model) / BUNDLE_NAME).is_file():
+        return _calibrate_bundle(args)
+    if args.engine is not None:
+        raise ValueError(f"--engine is of a bundle, and {args.model} is none; a model runs on torch.")
     from iret.clock import measure_device
     from iret.draw import draw_search
     from iret.precision import prepare
@@ -63,6 +72,25 @@ def do_calibrate(args: argparse.Namespace) -> int:
         return 0
     _print_points(loaded.points, table)
     say(f"{len(points.points)} operating points on {points.num_images} held-out images: {folder / FILE_NAME}")
+    return 0
+
+
+def _calibrate_bundle(args: argparse.Namespace) -> int:
+    """The clock of a bundle, whose points are its model's; without torch."""
+    if not args.device_only:
+        raise ValueError(
+            f"{args.model} is a bundle, whose points are its model's; --device-only measures its clock here, and new points "
+            "are for `iret calibrate` of the model, before it is exported again."
+        )
+    for name, left_out in BUNDLE_LEAVES_OUT.items():
+        if getattr(args, name) != left_out:
+            raise ValueError(f"a bundle is timed as it is; leave out --{name.replace('_', '-')}.")
+    session, table = measure_bundle(Path(args.model), args.engine, args.threads)
+    if args.json:
+        print(json.dumps(asdict(session.points)))
+        return 0
+    _print_points(session.points, table)
+    say(f"kept in {args.model}, for ms= and joules= on {session.engine}")
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iret.arguments import read_thresholds
-from iret.verbs.console import check_device, check_folder, fail, open_data, print_table, say, set_threads
+from iret.verbs.console import announce_hub, check_device, check_folder, fail, open_data, print_table, say, set_threads
 
 
 def do_train(args: argparse.Namespace) -> int:
@@ -20,6 +20,7 @@ def do_train(args: argparse.Namespace) -> int:
     recipe = find_recipe(args.recipe or ("fine_tune" if args.init else "images_tiny"))
     out = Path(args.out or f"out/{recipe.name}")
     check_folder(out)
+    announce_hub(args.data)
     options = RunOptions(
         data=args.data,
         out=out,

@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from iret.verbs.console import say
+from iret.verbs.console import measure_bundle, say
 
 
 def do_serve(args: argparse.Namespace) -> int:
@@ -43,17 +43,7 @@ def do_serve(args: argparse.Namespace) -> int:
     bundle = Bundle.read(folder)
     bundle.verify(folder)
     if args.measure:
-        _measure(folder, args.engine, args.threads)
+        measure_bundle(folder, args.engine, args.threads)
     supply = Supply(battery_wh=args.battery_wh, images_per_second=args.rate)
     start = starter(folder, args.engine, args.threads, max_pixels=limits.max_pixels, supply=supply)
     return 0 if run(start, options, say) == 0 else 1
-
-
-def _measure(folder: Path, engine: str | None, threads: int) -> None:
-    """Times the operating points here and keeps the clock in the bundle."""
-    from iret.runtime.session import Session
-
-    say("measuring the clock of this machine")
-    session = Session(folder, engine, threads=threads)
-    session.measure()
-    session.save()
