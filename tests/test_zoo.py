@@ -111,6 +111,11 @@ def test_a_name_the_hub_would_not_accept_is_refused(monkeypatch):
         zoo.load("no body/--")
 
 
+def test_a_preset_has_no_weights_to_load():
+    with pytest.raises(ValueError, match=r"^iret_small is a preset, a shape without weights: .* iret_pico-cifar10"):
+        iret.load("iret_small")
+
+
 def test_a_bundle_is_no_model_and_what_runs_it_is_named(tmp_path):
     (tmp_path / "bundle.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is an exported bundle, no model folder; .*iret\.Session\('.*`iret serve "):

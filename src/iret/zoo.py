@@ -57,6 +57,11 @@ def load(model: str | Path) -> Iret:
         )
     if Path(model).is_dir():
         return Iret.from_folder(Path(model))
+    if str(model) in PRESETS:
+        raise ValueError(
+            f"{model} is a preset, a shape without weights: train one (`iret train`), save one of `iret.create_model` with "
+            f"save_pretrained(FOLDER), or take a shipped checkpoint ({', '.join(list_checkpoints())})."
+        )
     if str(model).count("/") != 1 or Path(model).is_absolute():
         raise ValueError(
             f"model {str(model)!r} is neither a shipped checkpoint ({', '.join(list_checkpoints())}) nor a folder nor "
