@@ -7,7 +7,6 @@ neither data nor labels (`iret calibrate MODEL --device-only`).
 Joules are net: what an image adds to the power of the idle machine, which is measured once and kept beside them.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from iret.measure.latency import Latency, measure_latency
 from iret.model import Iret
 from iret.runtime import timing
 from iret.runtime.points import DeviceTable, OperatingPoints, Plan, Point
-from iret.runtime.timing import FORMATS, WARM_UP, Calls, clock_columns, fit
+from iret.runtime.timing import FORMATS, WARM_UP, Calls, clock_columns, estimate_point, fit
 
 TIME_LIMIT_S = 30.0  # for the milliseconds
 ENERGY_MARGIN = 1.2  # windows of this many times the meter's resolution
@@ -62,10 +61,10 @@ def measure_device(
     meter = meter or estimate_meter(model)
     announce(meter, len(points.points), say)
     samples = measure_latency(work, rounds=rounds, warm_up=WARM_UP, lead=1, synchronize=wait)
-    ms_mean, ms_p50, ms_p95 = clock_columns(samples, len(points.points))
+    ms_mean, ms_p50, ms_p95 = clock_columns(samples, points.points, model.shape)
     calls = [[call for (at, _), call in work.items() if at == row] for row in range(len(points.points))]
     measured = measure_joules([(each, 1) for each in calls], meter, wait, say)
-    estimates = [statistics.mean(estimate_image(model, p, plan) for plan in p.plans) for p in points.points]
+    estimates = [estimate_point(model.shape, model.precision, point) for point in points.points]
     joules, idle_w = measured or (estimates, 0.0)
     source = meter if measured else estimate_meter(model)
     table = DeviceTable(

@@ -1,16 +1,30 @@
 """What is timed of a session's operating points, and what comes into its table. On a pretended engine: test_session."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from iret.measure.estimate import HOROWITZ, estimate_joules
+from iret.measure.latency import Latency
 from iret.runtime import timing
 from iret.runtime.cost import Shape, block_linears, numbers_moved, plan_macs
 from iret.runtime.keep import keep, read_strengths
 from iret.runtime.points import PRECISIONS, OperatingPoints, Plan, Point
-from iret.runtime.timing import MAX_ROUNDS, MIN_ROUNDS, estimate_image, fit, measure_session, replay, spread
+from iret.runtime.timing import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    clock_columns,
+    estimate_image,
+    estimate_point,
+    fit,
+    macs_of,
+    mean_of_all,
+    measure_session,
+    replay,
+    spread,
+)
 
 # 64 patches of 4 x 4, three stages
 SHAPE = Shape(
@@ -143,6 +157,50 @@ def test_plans_that_stay_are_the_middles_of_equal_shares():
     assert spread(12, 3) == [2, 6, 10]
     assert spread(12, 1) == [6]
     assert spread(1, 1) == [0]
+
+
+# ---- the mean of all images
+
+
+STAYS, LEAVES = Plan((64, 40, 10), (0, 30, 10)), Plan((64, 40), (0, 30))
+
+
+def mean_like(stays: float) -> Point:
+    """A point at which this share of all images stayed for the last stage, and a quarter of those whose plans are kept."""
+    few = point(1.0, *[STAYS] * 3, *[LEAVES] * 9, leaves=0.9)
+    macs = stays * macs_of(SHAPE, few, STAYS) + (1 - stays) * macs_of(SHAPE, few, LEAVES)
+    return replace(few, macs_mean=macs, kept_mean=(64.0, 40.0, 10.0 * stays))
+
+
+@pytest.mark.parametrize("stays", [0.1, 0.25, 0.4])
+def test_the_mean_is_of_all_images_and_not_of_the_few_whose_plans_are_kept(stays):
+    every = mean_like(stays)
+    costs = [5.0] * 3 + [1.0] * 9
+    assert mean_of_all(SHAPE, every, every.plans, costs) == pytest.approx(1 + 4 * stays)
+    one, other = (estimate_image(SHAPE, "float32", every, plan) for plan in (STAYS, LEAVES))
+    assert estimate_point(SHAPE, "float32", every) == pytest.approx(stays * one + (1 - stays) * other)
+
+
+def test_the_mean_of_all_costs_no_more_than_the_dearest_of_the_few_and_no_less_than_the_cheapest():
+    every = mean_like(0.25)
+    costs = [5.0] * 3 + [1.0] * 9
+    for macs, wanted in ((0.0, 1.0), (1e12, 5.0)):
+        assert mean_of_all(SHAPE, replace(every, macs_mean=macs), every.plans, costs) == pytest.approx(wanted)
+
+
+def test_few_plans_are_told_apart_by_their_macs_alone_and_equal_ones_not_at_all():
+    every = mean_like(0.1)
+    assert mean_of_all(SHAPE, every, [STAYS, LEAVES], [5.0, 1.0]) == pytest.approx(1.4)
+    assert mean_of_all(SHAPE, every, [LEAVES] * 4, [1.0, 2.0, 3.0, 2.0]) == pytest.approx(2.0)
+    assert mean_of_all(SHAPE, every, [LEAVES], [3.0]) == pytest.approx(3.0)
+
+
+def test_a_clock_s_mean_is_of_all_images_where_plans_were_timed_and_of_those_timed_where_images_were():
+    every = mean_like(0.1)
+    seconds = [0.005] * 3 + [0.001] * 9
+    samples = {(0, column): Latency(name="", samples_s=np.full(3, each)) for column, each in enumerate(seconds)}
+    assert clock_columns(samples, [every], SHAPE)[0] == (pytest.approx(1.4),)
+    assert clock_columns(samples, [every])[0] == (pytest.approx(2.0),)
 
 
 # ---- joules

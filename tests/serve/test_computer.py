@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from pretend import FULL, POINTS, PretendSession, photo
 
 from iret.runtime.points import DeviceTable, Plan
-from iret.runtime.timing import estimate_image
+from iret.runtime.timing import estimate_point
 from iret.serve.asks import Ask
 from iret.serve.computer import FORMATS, Computer, Job, Result, Supply, read_photo
 from iret.serve.refusal import Refusal
@@ -118,7 +118,7 @@ def test_without_a_clock_joules_are_those_of_what_images_did_as_a_clock_would_es
     points = replace(POINTS, points=tuple(replace(point, plans=plans) for point in POINTS.points))
     session = PretendSession(points)
     told = Computer(session, max_pixels=10_000).describe()
-    expected = np.mean([estimate_image(session.shape, "float32", points.points[0], plan) for plan in plans])
+    expected = estimate_point(session.shape, "float32", points.points[0])
     assert told["points"][0]["joules"] == pytest.approx(expected)
 
 

@@ -29,6 +29,7 @@ FORMATS = {
     "float16": ("fp16", 2),
     "int8": ("int8", 4),
 }  # constants of the estimate, and bytes a number
+SAME = 1e-2  # columns that differ by less, of their own spread, have one slope
 NEARLY_NOTHING = 1e-9  # a strength that drops no patch, but has it chosen
 
 Calls = dict[tuple[int, int], Callable[[], Any]]  # by point and image
@@ -63,12 +64,15 @@ def measure_session(
             )
     chosen, rounds, _ = fit(calls, len(points.points), seconds)
     samples = measure_latency(chosen, rounds=rounds, warm_up=WARM_UP, lead=1)
-    ms_mean, ms_p50, ms_p95 = clock_columns(samples, len(points.points))
-    joules = []
-    for row, point in enumerate(points.points):
-        own = [call for (at, _), call in chosen.items() if at == row]
-        plans = point.plans if images is None else [plan_of(call().trace) for call in own]
-        joules.append(statistics.mean(estimate_image(shape, precision, point, plan) for plan in plans))
+    if images is None:
+        ms_mean, ms_p50, ms_p95 = clock_columns(samples, points.points, shape)
+        joules = [estimate_point(shape, precision, point) for point in points.points]
+    else:
+        ms_mean, ms_p50, ms_p95 = clock_columns(samples, points.points)
+        joules = []
+        for row, point in enumerate(points.points):
+            plans = [plan_of(call().trace) for (at, _), call in chosen.items() if at == row]
+            joules.append(statistics.mean(estimate_image(shape, precision, point, plan) for plan in plans))
     meter = EstimateMeter(HOROWITZ[FORMATS[precision][0]])
     return DeviceTable(
         device=session.device,
@@ -137,15 +141,46 @@ def fit(
     return {key: call for key, call in calls.items() if key in chosen}, rounds, round_s
 
 
-def clock_columns(samples: Mapping[tuple[int, int], Latency], num_points: int) -> tuple[tuple[float, ...], ...]:
-    """`ms_mean`, `ms_p50` and `ms_p95` of a table, from what was timed of each point."""
+def clock_columns(
+    samples: Mapping[tuple[int, int], Latency], points: Sequence[Point], shape: Shape | None = None
+) -> tuple[tuple[float, ...], ...]:
+    """`ms_mean`, `ms_p50` and `ms_p95` of a table, from what was timed of each point.
+
+    With `shape`, (point, plan) were timed, and the mean is that of all images that the point was found on (`mean_of_all`).
+    """
     rows = []
-    for row in range(num_points):
-        of_point = [latency for (at, _), latency in samples.items() if at == row]
-        every = np.concatenate([latency.samples_s for latency in of_point]) * 1e3
-        mean = statistics.mean(latency.p50_ms for latency in of_point)  # of images; a median over rounds for each
+    for row, point in enumerate(points):
+        own = {column: latency for (at, column), latency in samples.items() if at == row}
+        every = np.concatenate([latency.samples_s for latency in own.values()]) * 1e3
+        each = [latency.p50_ms for latency in own.values()]  # of an image; a median over rounds
+        if shape is None:
+            mean = statistics.mean(each)
+        else:
+            mean = mean_of_all(shape, point, [point.plans[column] for column in own], each)
         rows.append((mean, *map(float, np.percentile(every, (50, 95)))))
     return tuple(zip(*rows, strict=True))
+
+
+def mean_of_all(shape: Shape, point: Point, plans: Sequence[Plan], costs: Sequence[float]) -> float:
+    """The mean cost of all images that `point` was found on, from the costs of `plans`, a few of them.
+
+    A dozen plans are seldom as dear in the mean as all images: where one image in five reaches the last stage, they hold two or
+    three of it. Costs go with MACs and with the patches of later stages, whose means are known, so their slopes say what the
+    difference is worth (the regression estimator of survey sampling); never further than to the cheapest or dearest of the few.
+    """
+    later = range(1, len(point.kept_mean))
+    x = [
+        [macs_of(shape, point, plan), *(plan.kept[stage] if stage < plan.stages_run else 0 for stage in later)]
+        for plan in plans
+    ]
+    known = np.array(x, dtype=np.float64)
+    means = np.array([point.macs_mean, *point.kept_mean[1:]])
+    if len(plans) < 2 * len(means):  # too few for as many slopes
+        known, means = known[:, :1], means[:1]
+    away, y = known - known.mean(0), np.asarray(costs, dtype=np.float64)
+    scale = np.where(away.any(0), away.std(0), 1.0)
+    slopes = np.linalg.lstsq(away / scale, y - y.mean(), rcond=SAME)[0]
+    return float(np.clip(y.mean() + (means - known.mean(0)) / scale @ slopes, y.min(), y.max()))
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -153,10 +188,20 @@ def spread(total: int, count: int) -> list[int]:
     return [(2 * place + 1) * total // (2 * count) for place in range(count)]
 
 
+def macs_of(shape: Shape, point: Point, plan: Plan) -> float:
+    """MACs of one image that did `plan` at `point`."""
+    return float(plan_macs(shape, plan.kept, plan.refined, scored=bool(np.any(point.thresholds))))
+
+
+def estimate_point(shape: Shape, precision: str, point: Point) -> float:
+    """Joules an image at `point`, in the mean of all that it was found on, estimated from its plans."""
+    costs = [estimate_image(shape, precision, point, plan) for plan in point.plans]
+    return mean_of_all(shape, point, point.plans, costs)
+
+
 def estimate_image(shape: Shape, precision: str, point: Point, plan: Plan) -> float:
     """Joules of one image that did `plan` at `point`, estimated."""
-    work = plan_macs(shape, plan.kept, plan.refined, scored=bool(np.any(point.thresholds)))
-    return estimate_work(shape, precision, work, plan.kept, plan.refined)
+    return estimate_work(shape, precision, macs_of(shape, point, plan), plan.kept, plan.refined)
 
 
 def estimate_work(

@@ -8,7 +8,6 @@ import io
 import logging
 import math
 import secrets
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from iret.runtime.controller import Controller, Goal, Menu, Reading
 from iret.runtime.cost import full_macs
 from iret.runtime.points import DeviceTable, Point, round_up
 from iret.runtime.preprocess import open_image
-from iret.runtime.timing import estimate_image, estimate_work
+from iret.runtime.timing import estimate_point, estimate_work
 from iret.serve.asks import Ask
 from iret.serve.refusal import Refusal
 
@@ -289,8 +288,7 @@ class Computer:
     def _point_joules(self, point: Point) -> float:
         if not point.plans:
             return self._joules(point.macs_mean, [round(count) for count in point.kept_mean], None)
-        shape, precision = self._session.shape, self._session.bundle.precision
-        return statistics.mean(estimate_image(shape, precision, point, plan) for plan in point.plans)
+        return estimate_point(self._session.shape, self._session.bundle.precision, point)
 
     def _table(self) -> DeviceTable | None:
         """What this machine's clock measured, if it did."""
