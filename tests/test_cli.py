@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,9 @@ def test_these_are_all_the_verbs(capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["frobnicate"])
     assert left.value.code == 2
-    assert re.findall(r"\w+", capsys.readouterr().err.split("choose from")[1]) == VERBS
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.endswith("; `iret --help` says what it takes.\n")
+    assert re.findall(r"\w+", said.split("choose from")[1].split(";")[0]) == VERBS
 
 
 # ---- predict
@@ -189,6 +192,16 @@ def test_show_draws_a_picture_that_opens(tmp_path, capsys):
             picture.load()
             heights.append(picture.height)
     assert heights[1] == 2 * heights[0] > 200
+
+
+def test_no_photo_is_drawn_over(tmp_path, capsys):
+    make_model(tmp_path / "m")
+    photo, other = make_photo(tmp_path / "p.png"), make_photo(tmp_path / "other.jpg", 1)
+    before = {path: Path(path).read_bytes() for path in (photo, other)}
+    for mine in before:
+        assert cli.main(["predict", photo, "--model", str(tmp_path / "m"), "--show", mine]) == 2
+        assert re.fullmatch(rf"iret: {mine} is there already, and was not drawn by iret; .*\n", capsys.readouterr().err)
+    assert {path: Path(path).read_bytes() for path in before} == before
 
 
 # ---- the verbs that need data
@@ -284,6 +297,30 @@ def test_a_clock_joins_those_that_its_folder_has_already(tmp_path, quick):
     devices = OperatingPoints.read(tmp_path / "own").devices
     assert sorted(table.device.rpartition(", ")[2] for table in devices) == ["bfloat16", "float32", "int8"]
     assert len(OperatingPoints.read(tmp_path / "shipped").devices) == 1
+
+
+def test_a_clock_is_put_into_no_folder_but_a_copy_of_the_model(tmp_path, capsys, monkeypatch, quick):
+    monkeypatch.setattr("iret.clock.measure_device", lambda *_: pytest.fail("it was measured"))
+    model, other = make_model(tmp_path / "m"), tmp_path / "other"
+    torch.nn.init.normal_(model.pos_embed)
+    model.save_pretrained(other)
+    photos, own = tmp_path / "photos", tmp_path / "own"
+    make_photo(photos / "p.png")
+    model = make_model(own)
+    model.points = replace(model.points, num_images=7, points=model.points.points[:2])
+    model.save_pretrained(own)
+    for folder, sentence in (
+        (other, f"{other} holds something that is no copy of"),
+        (photos, f"{photos} holds something that is no copy of"),
+        (
+            own,
+            f"{own} has operating points of its own; their clock is measured by `iret calibrate {own} --device-only`",
+        ),
+    ):
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        assert cli.main(["calibrate", str(tmp_path / "m"), "--device-only", "--out", str(folder)]) == 2
+        assert sentence in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_damaged_table_in_the_folder_of_a_clock_is_named_before_anything_is_measured(tmp_path, capsys, monkeypatch):

@@ -266,12 +266,24 @@ def test_where_nothing_is_chosen_no_importance_was_seen_whoever_else_is_in_the_b
 
 
 @pytest.mark.graph
-@pytest.mark.parametrize("budget", ["0.5", [0.5], [0.5, 0.5, 0.5, 0.5], None])
+@pytest.mark.parametrize("budget", ["0.5", ["a"] * 4, [[0.5], [0.5, 1]], None])
 def test_a_budget_that_is_no_number_is_refused(budget):
     model = make_model()
     model.points = made_up_points(model)
-    with pytest.raises(ValueError, match=r"budget=.* must be one number, or a tensor of one an image"):
+    with pytest.raises(ValueError, match=r"budget=.* must be one number, or one an image"):
         model(make_images(), budget=budget)
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor])
+def test_a_budget_an_image_comes_in_any_row_of_numbers(make):
+    model, images = make_model(), make_images(3)
+    model.points = made_up_points(model)
+    budgets = [1.0, 0.5, 0.75]
+    alone = torch.cat([model(image[None], budget=budget) for image, budget in zip(images, budgets, strict=True)])
+    torch.testing.assert_close(model(images, budget=make(budgets)), alone)
+    assert model.run(images, budget=make(budgets)).logits.shape == alone.shape
+    with pytest.raises(ValueError, match=r"budget of shape \(2,\) does not fit 3 images; give one each"):
+        model(images, budget=make(budgets[:2]))
 
 
 @pytest.mark.graph
@@ -982,6 +994,13 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path, lifting):
     lay_out(model)  # another order in memory, another order of sums
     assert torch.equal(again.run(images, 0.9).trace.stage_logits, model.run(images, 0.9).trace.stage_logits)
     assert torch.equal(again(images, budget=0.4), model(images, budget=0.4))
+
+
+def test_a_model_is_not_saved_in_the_place_of_a_file(tmp_path):
+    (tmp_path / "photo.jpg").write_text("mine")
+    with pytest.raises(ValueError, match=r"photo\.jpg is a file; name a folder to save the model in"):
+        make_model().save_pretrained(tmp_path / "photo.jpg")
+    assert (tmp_path / "photo.jpg").read_text() == "mine"
 
 
 def test_a_model_without_labels_or_points_comes_back_without(tmp_path):

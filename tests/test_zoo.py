@@ -111,6 +111,20 @@ def test_a_name_the_hub_would_not_accept_is_refused(monkeypatch):
         zoo.load("no body/--")
 
 
+@pytest.mark.parametrize("model", ["./no/such", "./nosuch", "~/nosuch", "/no/such"])
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(monkeypatch, model):
+    monkeypatch.setattr(iret.Iret, "from_pretrained", lambda name: pytest.fail("the hub was asked"))
+    with pytest.raises(ValueError, match=f"model {model!r} is neither a shipped checkpoint"):
+        iret.load(model)
+
+
+def test_pretrained_is_told_where_weights_are():
+    with pytest.raises(
+        ValueError, match="a preset has no weights; iret.load loads a trained model: .*iret_pico-cifar10"
+    ):
+        iret.create_model("iret_pico", pretrained=True)
+
+
 def test_a_preset_has_no_weights_to_load():
     with pytest.raises(ValueError, match=r"^iret_small is a preset, a shape without weights: .* iret_pico-cifar10"):
         iret.load("iret_small")

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import NoReturn
 
 from iret.runtime.bundle import ENGINES
 from iret.runtime.points import BUDGETS, PRECISIONS
@@ -9,11 +10,18 @@ from iret.runtime.points import BUDGETS, PRECISIONS
 DEFAULT_MODEL = "iret_pico-cifar10"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, as all else does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"iret: {message}; `{self.prog} --help` says what it takes.\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; `verb` in what it parses is the name of the verb."""
     from iret import __version__
 
-    parser = argparse.ArgumentParser(prog="iret", description="A vision transformer whose cost is a dial.")
+    parser = _Parser(prog="iret", description="A vision transformer whose cost is a dial.")
     parser.add_argument("--version", action="version", version=f"iret {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
@@ -167,7 +175,7 @@ def _add_export(verbs) -> None:
         help="graphs for these numbers of patches alone, for accelerators of static shapes",
     )
     export.add_argument("--data", help="as for train; check, and calibrate int8, on its images")
-    export.add_argument("--max-images", type=int, default=64, help="of --data (default %(default)s)")
+    export.add_argument("--max-images", type=int, help="of --data (default 64)")
     _add_data(export)
     export.add_argument("--json", action="store_true", help="one JSON object on stdout")
 

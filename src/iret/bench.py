@@ -27,6 +27,7 @@ from iret.runtime.cost import full_macs, plan_macs
 from iret.runtime.points import Plan, Point, check_budget
 from iret.weights import write_atomically
 
+ROWS_NAME, SAMPLES_NAME = "bench.json", "samples.csv"
 LEAD = 1  # untimed calls before each timed one, of the same batch of plans
 
 Key = tuple[str, int, float]  # model, batch size, budget
@@ -197,14 +198,21 @@ def bench(
     return rows, samples
 
 
+def check_unused(folder: Path) -> None:
+    """Raises ValueError for a folder that holds a bench, or files of its names, already."""
+    for name in (ROWS_NAME, SAMPLES_NAME):
+        if (folder / name).exists():
+            raise ValueError(f"{folder} holds a {name} already; name a new folder with --out.")
+
+
 def save(folder: Path, command: str, rows: Sequence[Row], samples: dict[Key, Latency]) -> None:
     """`bench.json` (rows, command, environment) and `samples.csv` (seconds of every timed call)."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {"command": command, "rows": [asdict(row) for row in rows], "env": doctor.report()}
-    write_atomically(folder / "bench.json", (json.dumps(found, indent=1) + "\n").encode())
+    write_atomically(folder / ROWS_NAME, (json.dumps(found, indent=1) + "\n").encode())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("model", "batch", "budget", "round", "seconds"))
     for (name, batch, budget), latency in samples.items():
         writer.writerows((name, batch, budget, index, f"{s:.9f}") for index, s in enumerate(latency.samples_s))
-    write_atomically(folder / "samples.csv", text.getvalue().encode())
+    write_atomically(folder / SAMPLES_NAME, text.getvalue().encode())

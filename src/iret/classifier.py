@@ -125,6 +125,8 @@ class Classifier(
         return self.push_to_hub(repo_id or Path(save_directory).name, **push_options) if push_to_hub else None
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        if save_directory.is_file():
+            raise ValueError(f"{save_directory} is a file; name a folder to save the model in.")
         if self.own_precision:
             raise ValueError(f"a model in {self.own_precision} cannot be saved; save the model that it was made from.")
         config = {

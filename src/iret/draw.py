@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from iret.model import Iret
 from iret.output import Trace
+from iret.picture import save_figure
 from iret.runtime.points import OperatingPoints
 from iret.runtime.preprocess import Source, open_image
 
@@ -118,7 +119,7 @@ def draw_tradeoff(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def draw_search(points: OperatingPoints, search: Path, path: Path) -> None:
@@ -140,4 +141,4 @@ def draw_search(points: OperatingPoints, search: Path, path: Path) -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

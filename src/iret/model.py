@@ -37,6 +37,8 @@ from iret.selection import check_control, replace_importance, select, take_image
 from iret.tokens import Tokens, pack
 from iret.vit import NORM_EPS, Block, init_linear, sincos_positions
 
+Budget = float | Sequence[float] | np.ndarray | Tensor  # one for all images, or one an image
+
 MAX_GRAPHS = 64  # of one compiled model; torch would stop at 8
 
 
@@ -132,7 +134,7 @@ class Iret(Classifier):
     def forward(
         self,
         images: Float[Tensor, "B C Y X"],
-        budget: float | Tensor = 1.0,
+        budget: Budget = 1.0,
         *,
         ms: float | None = None,
         joules: float | None = None,
@@ -148,7 +150,7 @@ class Iret(Classifier):
             if not (isinstance(budget, (int, float)) and budget == 1):
                 raise ValueError("give one of budget, ms and joules.")
             budget = self.budget_for(ms=ms, joules=joules)
-        if not isinstance(budget, Tensor) and budget == 1:
+        if isinstance(budget, (int, float)) and budget == 1:
             return self.stages[-1].head(self.forward_features(images)[:, 0])
         self.check_images(images)
         thresholds, confidence = self._look_up(budget, len(images))
@@ -165,13 +167,17 @@ class Iret(Classifier):
         self.look(images, strengths, record, exits, rule=rule)
         return record.answer()
 
-    def _look_up(self, budget: float | Tensor, batch: int) -> tuple[object, object]:
+    def _look_up(self, budget: Budget, batch: int) -> tuple[object, object]:
         """Thresholds and exit confidence, as `run` takes them, for a budget or one an image."""
-        if not isinstance(budget, Tensor):
-            if not isinstance(budget, (int, float, np.number)):
-                raise ValueError(f"budget={budget!r} must be one number, or a tensor of one an image.")
+        if isinstance(budget, (int, float, np.number)):
             setting = self.setting(float(budget))
             return setting.thresholds, setting.exit_confidence
+        if not isinstance(budget, (list, tuple, np.ndarray, Tensor)):
+            raise ValueError(f"budget={budget!r} must be one number, or one an image.")
+        try:
+            budget = torch.as_tensor(budget, dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"budget={budget!r} must be one number, or one an image.") from error
         if budget.shape != (batch,):
             raise ValueError(f"budget of shape {tuple(budget.shape)} does not fit {batch} images; give one each.")
         settings = [self.setting(each) for each in budget.tolist()]
@@ -199,7 +205,7 @@ class Iret(Classifier):
         thresholds: object = None,
         exit_confidence: object = None,
         *,
-        budget: float | Tensor | None = None,
+        budget: Budget | None = None,
         rule: str = "threshold",
         control: str = "attention",
         masked: bool = False,

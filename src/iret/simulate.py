@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from iret.picture import save_figure
 from iret.runtime.controller import Controller, Goal, Menu, Reading
 
 # Relative demand in equal slices of the day. "office": by the hour, busy from 8 to 18 with a dip at noon.
@@ -283,4 +284,4 @@ def draw(outcomes: Sequence[Outcome], path: Path, title: str, max_celsius: float
     panels[0].set_ylim(bottom=0)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -69,6 +70,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); download or write it again.") from error
+
+
+def holds(folder: Path, weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are the weights of the model that is saved there."""
+    try:
+        there = read_weights(folder / WEIGHTS_NAME)
+    except ValueError:
+        return False
+    return there.keys() == weights.keys() and all(
+        there[name].dtype == each.dtype and torch.equal(there[name], each.cpu()) for name, each in weights.items()
+    )
 
 
 def read_config(path: Path) -> dict:

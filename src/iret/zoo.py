@@ -30,6 +30,8 @@ def create_model(
         ValueError: an unknown name or option, or a shape that does not add up.
     """
     unknown = set(shape) - set(SHAPE_OPTIONS)
+    if "pretrained" in unknown:
+        raise ValueError(f"a preset has no weights; iret.load loads a trained model: {', '.join(list_checkpoints())}.")
     if unknown:
         raise ValueError(f"option {sorted(unknown)[0]!r} is unknown; a model takes {', '.join(SHAPE_OPTIONS)}.")
     if img_size is not None:
@@ -62,7 +64,7 @@ def load(model: str | Path) -> Iret:
             f"{model} is a preset, a shape without weights: train one (`iret train`), save one of `iret.create_model` with "
             f"save_pretrained(FOLDER), or take a shipped checkpoint ({', '.join(list_checkpoints())})."
         )
-    if str(model).count("/") != 1 or Path(model).is_absolute():
+    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise ValueError(
             f"model {str(model)!r} is neither a shipped checkpoint ({', '.join(list_checkpoints())}) nor a folder nor "
             "a hub id (owner/name)."

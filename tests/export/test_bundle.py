@@ -28,7 +28,9 @@ from iret.export.int8 import quantize_onnx
 from iret.export.parity import Parity
 from iret.model import Iret
 from iret.runtime.bundle import FILE_NAME, Bundle
+from iret.runtime.cost import full_macs
 from iret.runtime.engines import JOINERS, load_graph
+from iret.runtime.points import DeviceTable, OperatingPoints, Point
 from iret.runtime.session import Session
 
 pytestmark = pytest.mark.graph  # the hook that checks shapes in signatures cannot be traced
@@ -303,6 +305,30 @@ def test_an_older_bundle_is_replaced_whole(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     names = sorted(path.name for path in (tmp_path / "bundle").iterdir())
     assert names == [FILE_NAME, "labels.txt", "stage_0.onnx", "stage_1.onnx"]
+
+
+def test_the_same_bundle_written_again_keeps_what_was_measured_of_it_and_another_says_what_it_drops(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(exporting, "check", lambda *args: Parity())
+    content = [b"graph"]
+    monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(content[0])))
+    model, out, said = make_model(), tmp_path / "bundle", []
+    full = float(full_macs(model.shape))
+    point = Point(thresholds=((0.0, 0.0),), accuracy=0.5, macs_mean=full, macs_p95=full, kept_mean=(12.0,) * 2)
+    model.points = OperatingPoints(data="d", num_images=1, full_macs=round(full), points=(point,))
+    bundle, _ = export(model, out)
+    one = dict.fromkeys(("ms_mean", "ms_p50", "ms_p95", "joules"), (1.0,))
+    clock = DeviceTable(device="a board", **one, energy_source="", energy_scope="", energy_kind="estimated", rounds=3)
+    replace(bundle, points=bundle.points.with_device(clock)).write(out)
+    again, _ = export(model, out, say=said.append)
+    assert Bundle.read(out).points.devices == again.points.devices == (clock,)
+    content[0] = b"another"
+    export(model, out, say=said.append)
+    assert Bundle.read(out).points.devices == ()
+    assert [line for line in said if "dropped" in line] == [
+        "the bundle is new, so clocks of the one before are dropped; measure again: a board"
+    ]
 
 
 def test_a_graph_that_the_engine_cannot_load_is_refused_in_a_sentence(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The table of operating points: what a budget buys, what it refuses, and its file."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -217,6 +218,23 @@ def test_the_share_that_a_refusal_names_can_be_asked_for():
 def test_what_milliseconds_cannot_buy_is_refused(asked, sentence):
     with pytest.raises(ValueError, match=sentence):
         table().with_device(timed()).budget_for(timed().device, **asked)
+
+
+@pytest.mark.parametrize("least", [1.15049, 0.00020001, 2.0, 12345.6, 0.1 + 0.2])
+def test_the_milliseconds_that_a_refusal_names_can_be_asked_for(least):
+    found = OperatingPoints(data="", num_images=1, full_macs=1000, points=(point(95.1, 0.5, (1.0, 1.0)),))
+    found = found.with_device(timed((least,)))
+    with pytest.raises(ValueError, match="is below the cheapest") as refusal:
+        found.budget_for(timed().device, ms=least / 2)
+    named = float(re.search(r"this device, (\S+) ms", str(refusal.value))[1])
+    assert least <= named < 1.001 * least
+    assert found.budget_for(timed().device, ms=named) == pytest.approx(0.0951)
+
+
+def test_an_accuracy_lies_on_the_chord_of_two_points():
+    points = (point(1000.0, 0.9, (0.0, 0.0)), point(200.0, 0.5, (0.7, 0.7)))
+    found = OperatingPoints(data="", num_images=1, full_macs=1000, points=points)
+    assert [found.accuracy_at(budget) for budget in (1.0, 0.6, 0.2)] == pytest.approx([0.9, 0.7, 0.5])
 
 
 def test_another_device_is_refused_and_the_known_ones_are_named():

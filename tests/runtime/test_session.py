@@ -443,6 +443,12 @@ def make_plans(*plans: Plan) -> OperatingPoints:
     return replace(POINTS, points=(*points[:2], replace(points[2], exit_confidence=0.9)))
 
 
+def test_a_model_folder_is_to_be_exported_first(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=rf"{tmp_path} is a model folder; `iret export {tmp_path} --out BUNDLE` makes"):
+        Session(tmp_path)
+
+
 def test_a_measured_session_keeps_its_clock_in_the_bundle(tmp_path):
     engine = Pretender()
     session = make_session(tmp_path, engine, points=make_plans(*PLANS))

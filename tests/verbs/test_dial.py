@@ -2,10 +2,12 @@
 
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
+import iret
 from iret import cli
 from iret.presets import CHECKPOINTS
 from iret.runtime.bundle import FILE_NAME, Bundle
@@ -48,6 +50,14 @@ def test_a_file_in_the_place_of_a_folder_is_said_before_anything_is_measured(tmp
     assert cli.main(line.format(model=NANO, out=out).split()) == 2
     assert re.fullmatch(r"iret: .*mine\.txt cannot be a folder, because .* is a file; .*\n", capsys.readouterr().err)
     assert out.read_text() == "mine"
+
+
+def test_a_bench_takes_no_folder_that_holds_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("iret.bench.bench", lambda *args, **kinds: pytest.fail("it was measured"))
+    (tmp_path / "bench.json").write_text("mine")
+    assert cli.main(["bench", NANO, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds a bench.json already; name a new folder" in capsys.readouterr().err
+    assert (tmp_path / "bench.json").read_text() == "mine"
 
 
 # ---- a bundle's clock
@@ -117,6 +127,10 @@ def clock_of(name: str) -> str:
     return OperatingPoints.read(CHECKPOINTS / name).devices[0].device
 
 
+def said(capsys) -> str:
+    return capsys.readouterr().err
+
+
 def day(capsys, *words: str) -> str:
     assert cli.main(["simulate", NANO, "--hours", "1", "--rate", "0.1", "--clock", clock_of(NANO), *words]) == 0
     return capsys.readouterr().err
@@ -134,6 +148,20 @@ def test_a_day_says_whose_battery_it_is_what_idles_away_and_what_comes(capsys):
     said = day(capsys, "--battery-wh", "0.5", "--arrivals", "steady")
     assert "a battery of 0.5 Wh\n" in said and "steady arrivals" in said
     assert "no clock of" not in said  # the clock was named
+
+
+def test_of_several_clocks_none_of_them_this_one_s_one_is_to_be_named(tmp_path, capsys):
+    model = iret.load(NANO)
+    (clock,) = model.points.devices
+    for name in ("one board", "another"):
+        model.points = model.points.with_device(replace(clock, device=name))
+    model.save_pretrained(tmp_path)
+    assert cli.main(["simulate", str(tmp_path)]) == 2
+    assert re.search(
+        r"has several clocks, and none of .*; name one with --clock: .*'one board'; 'another'", said(capsys)
+    )
+    assert cli.main(["simulate", str(tmp_path), "--clock", "another", "--hours", "1", "--rate", "0.1"]) == 0
+    assert "costs of another;" in said(capsys)
 
 
 def test_a_day_ends_with_who_did_best_of_all_that_keep_the_goal(capsys):

@@ -106,6 +106,7 @@ def test_data_of_which_nothing_can_be_read_are_refused(exported, tmp_path, capsy
         (["--format", "executorch", "--single-graph"], "leave out --single-graph"),
         (["--int8"], "with --data"),
         (["--max-images", "0"], "must be 1 or more"),
+        (["--max-images", "4"], "--max-images 4 is of --data; give both, or neither"),
         (["--data", "./nowhere"], "nowhere"),
     ],
 )

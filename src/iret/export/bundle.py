@@ -9,8 +9,8 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from iret.export.points import points_of
 from iret.export.targets import WRITERS, Axes
 from iret.model import Iret
 from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum, replace_folder
+from iret.runtime.points import OperatingPoints
 
 MAX_BATCH = 8  # images a call of an ExecuTorch program, whose memory is planned ahead
 ANY_BATCH = 4096  # a bound that torch.export asks for; the file holds none
@@ -70,6 +71,8 @@ def export(
             say("recording what every graph is given")
             calls = record_inputs(scratch, images.numpy(), [each[1:] for each in settings(model, bundle)])
             bundle, parity = write(calls)
+        bundle = _keep_clocks(bundle, out, say)
+        (scratch / FILE_NAME).write_text(bundle.to_json())
         scratch.chmod(0o755)
         replace_folder(scratch, out)
     except BaseException:
@@ -154,6 +157,25 @@ def _write(
     bundle = bundle.with_check(parity.to_dict())
     (folder / FILE_NAME).write_text(bundle.to_json())
     return bundle, parity
+
+
+def _keep_clocks(bundle: Bundle, out: Path, say: Say) -> Bundle:
+    """With what sessions measured of the bundle that is replaced, if it is the same but for that; else it is said."""
+    try:
+        before = Bundle.read(out)
+    except ValueError:  # none, or of another format
+        return bundle
+    own = () if bundle.points is None else bundle.points.devices
+    clocks = [] if before.points is None else [each for each in before.points.devices if each not in own]
+    if not clocks:
+        return bundle
+    assert before.points is not None
+    is_same = before.checksums == bundle.checksums and bundle.points and before.points.has_those_of(bundle.points)
+    if is_same and bundle.points:
+        return replace(bundle, points=reduce(OperatingPoints.with_device, clocks, bundle.points))
+    names = "; ".join(each.device for each in clocks)
+    say(f"the bundle is new, so clocks of the one before are dropped; measure again: {names}")
+    return bundle
 
 
 def _refuse(model: Iret, out: Path, kind: str, form: Form) -> None:

@@ -108,8 +108,8 @@ class Parity:
 
     def __str__(self) -> str:
         return (
-            f"{self.compared} comparisons: same answer {self.agree}, other patches by a tie {self.tied}, otherwise {self.split}; "
-            f"largest difference of logits {self.logit_error:.1e}"
+            f"{self.compared} comparisons: same answer {self.agree}; other patches kept by a tie {self.tied}, otherwise "
+            f"{self.split}; largest difference of logits {self.logit_error:.1e}"
         )
 
 

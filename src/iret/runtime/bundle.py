@@ -103,6 +103,8 @@ class Bundle:
     def read(cls, folder: Path) -> "Bundle":
         """Raises ValueError for a missing, malformed or newer file."""
         path = folder / FILE_NAME
+        if (folder / "model.safetensors").is_file() and not path.is_file():
+            raise ValueError(f"{folder} is a model folder; `iret export {folder} --out BUNDLE` makes a bundle of it.")
         if not path.is_file():
             raise ValueError(
                 f"{path} does not exist; `iret export MODEL --format onnx --out {folder}` writes a bundle."

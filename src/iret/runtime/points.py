@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from decimal import ROUND_CEILING, Context
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -237,13 +238,18 @@ class OperatingPoints:
         menu = self.menu(table.device)
         budget = _best_within(menu, unit, asked)
         if budget is None:
-            least, share = min(zip(getattr(menu, unit), menu.budget, strict=True))
+            cost, share = min(zip(getattr(menu, unit), menu.budget, strict=True))
+            least = Context(prec=4, rounding=ROUND_CEILING).create_decimal(repr(float(cost)))
             raise ValueError(
-                f"{unit}={asked:g} is below the cheapest operating point on this device, {least:.4g} {unit} at "
+                f"{unit}={asked:g} is below the cheapest operating point on this device, {float(least):g} {unit} at "
                 f"{round_up(share)} of the MACs; ask for that or more, give --budget {round_up(share)} (in Python "
                 f"budget=) in its place, or measure again with {remedy} if this machine was busy then."
             )
         return budget
+
+    def accuracy_at(self, budget: float) -> float:
+        """Of held-out images, between two points on their chord; in [0, 1]."""
+        return float(np.interp(budget, self.shares, [point.accuracy for point in self.points][::-1]))
 
     def menu(self, device: str, idle_watts: float | None = None) -> Menu:
         """What a controller chooses from on a device that was measured; a cliff is a step there, as `setting` serves it.

@@ -46,15 +46,11 @@ def check_device(name: str) -> str:
 
 
 def check_picture(path: str | None) -> None:
-    """Raises ValueError for a picture that could not be written, before any work is lost."""
-    from PIL import Image
+    """Raises ValueError for a picture that could not be written, or that is somebody else's, before any work is lost."""
+    from iret.picture import check_picture
 
-    if path is None:
-        return
-    if not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"{path} cannot be written: the folder {Path(path).parent} does not exist; make it first.")
-    if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path} is no kind of picture that can be written; end its name in .png.")
+    if path is not None:
+        check_picture(Path(path))
 
 
 def check_folder(path: Path, option: str = "--out") -> None:

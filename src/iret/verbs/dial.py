@@ -52,6 +52,7 @@ def do_calibrate(args: argparse.Namespace) -> int:
     if args.out is None and not folder.is_dir():
         raise ValueError(f"{args.model} is no folder of yours to write {FILE_NAME} into; name a new one with --out.")
     there = OperatingPoints.read(folder)  # before anything is measured, for it may be damaged
+    _check_copy(args, loaded, there)
     with context:
         try:
             points = _find_points(args, model, folder)
@@ -71,8 +72,27 @@ def do_calibrate(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(loaded.points)))
         return 0
     _print_points(loaded.points, table)
-    say(f"{len(points.points)} operating points on {points.num_images} held-out images: {folder / FILE_NAME}")
+    unsure = 100 * max(1.96 * (p.accuracy * (1 - p.accuracy) / points.num_images) ** 0.5 for p in points.points)
+    say(
+        f"{len(points.points)} operating points on {points.num_images} held-out images, which tell an accuracy to about "
+        f"{unsure:.1f} points: {folder / FILE_NAME}"
+    )
     return 0
+
+
+def _check_copy(args: argparse.Namespace, model, there) -> None:
+    """Raises ValueError unless --out is new, or a copy of the model, `there` its points, that may be written anew."""
+    from iret.weights import holds
+
+    if args.out is None or Path(args.out).resolve() == Path(args.model).resolve():
+        return
+    found = {path.name for path in Path(args.out).iterdir()} - {SEARCH_NAME} if Path(args.out).is_dir() else set()
+    if found and not holds(Path(args.out), model.state_dict()):
+        raise ValueError(f"{args.out} holds something that is no copy of {args.model}; give a new folder.")
+    if args.device_only and there is not None and (model.points is None or there.points != model.points.points):
+        raise ValueError(
+            f"{args.out} has operating points of its own; their clock is measured by `iret calibrate {args.out} --device-only`."
+        )
 
 
 def _calibrate_bundle(args: argparse.Namespace) -> int:
@@ -159,7 +179,7 @@ def _print_points(points, table) -> None:
 def do_bench(args: argparse.Namespace) -> int:
     import torch
 
-    from iret.bench import bench, save
+    from iret.bench import bench, check_unused, save
     from iret.doctor import describe_device
     from iret.measure.latency import pin_threads
     from iret.precision import prepare
@@ -168,6 +188,7 @@ def do_bench(args: argparse.Namespace) -> int:
 
     if args.out:
         check_folder(Path(args.out))
+        check_unused(Path(args.out))
     device = check_device(args.device)
     set_threads(args.threads)
     if args.rounds < 1 or min(args.batch) < 1:
@@ -207,7 +228,10 @@ def do_bench(args: argparse.Namespace) -> int:
             for row in rows
         ],
     )
-    say(f"{_explain_joules(rows[0])}; share: times faster, over the MACs of the full run / MACs")
+    say(
+        f"{_explain_joules(rows[0])}; images/s and times faster by the mean of all rounds; share: times faster, over the MACs of "
+        "the full run / MACs"
+    )
     return 0
 
 
@@ -299,6 +323,9 @@ def _clocked(args: argparse.Namespace):
         raise ValueError(f"{args.model} has no operating points; find them with {_remedy(args.model, '--data DATA')}.")
     if not points.devices:
         raise ValueError(f"{args.model} has no clock; measure it with {_remedy(args.model, '--device-only')}.")
+    if args.clock is None and len(points.devices) > 1 and _here() not in [table.device for table in points.devices]:
+        known = "; ".join(repr(table.device) for table in points.devices)
+        raise ValueError(f"{args.model} has several clocks, and none of {_here()}; name one with --clock: {known}.")
     if args.clock is not None or len(points.devices) > 1:
         return points, points.table_of(args.clock or _here())
     return points, points.devices[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 from iret.verbs.console import open_data, print_table, say, set_threads
 
 COLUMNS = ("setting", "images", "top-1 fp32", "int8", "difference", "same answer", "same patches")
+MAX_IMAGES = 64  # of --data, to check and calibrate on
 MAX_HELD_OUT = 1000  # images that int8, and thresholds without exits, are judged on
 
 
@@ -16,8 +17,10 @@ def do_export(args: argparse.Namespace) -> int:
     from iret.runtime.bundle import ENGINES
     from iret.zoo import load
 
-    if args.max_images < 1:
+    if args.max_images is not None and args.max_images < 1:
         raise ValueError(f"--max-images {args.max_images} must be 1 or more.")
+    if args.max_images is not None and args.data is None:
+        raise ValueError(f"--max-images {args.max_images} is of --data; give both, or neither.")
     set_threads(1)  # tracing is not parallel, and two pools of threads slow each other
     model, out = load(args.model), Path(args.out)
     form = Form(single_graph=args.single_graph, buckets=args.buckets, int8=args.int8, convolutions=args.convolutions)
@@ -40,7 +43,7 @@ def do_export(args: argparse.Namespace) -> int:
     if parity.accuracy:
         print_table(COLUMNS, [_row(each) for each in parity.accuracy])
     engines = " or, slower, ".join(ENGINES["onnx"]) if bundle.is_convolved else " or ".join(ENGINES[bundle.kind])
-    say(f"{out}: {len(bundle.checksums)} files, {size / 1e6:.1f} MB, runs on {engines}")
+    say(f"{out}: {1 + len(bundle.checksums)} files, {size / 1e6:.1f} MB, runs on {engines}")
     return 0
 
 
@@ -50,7 +53,8 @@ def _read_images(args: argparse.Namespace, model):
     from iret.train.data import make_loader, name_of
 
     data = open_data(args, "val", model)
-    seen, others = split(data, args.max_images, MAX_HELD_OUT if args.int8 or args.single_graph else 0)
+    most = MAX_IMAGES if args.max_images is None else args.max_images
+    seen, others = split(data, most, MAX_HELD_OUT if args.int8 or args.single_graph else 0)
     pixels, _, skipped = next(make_loader(seen, len(seen), seed=0, epoch=0, shuffle=False, drop_last=False))
     if not len(pixels):
         raise ValueError(
