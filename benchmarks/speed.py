@@ -222,6 +222,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=30, help="of each process")
     args = parser.parse_args()
+    if min(args.processes, args.rounds) < 1:
+        parser.error("--processes and --rounds must be 1 or more.")
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         measured = list(pool.map(measure, [args.rounds] * args.processes))
     args.out.mkdir(parents=True, exist_ok=True)

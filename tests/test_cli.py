@@ -196,7 +196,7 @@ def test_show_draws_a_picture_that_opens(tmp_path, capsys):
 
 def test_no_photo_is_drawn_over(tmp_path, capsys):
     make_model(tmp_path / "m")
-    photo, other = make_photo(tmp_path / "p.png"), make_photo(tmp_path / "other.jpg", 1)
+    photo, other = make_photo(tmp_path / "p.png"), make_photo(tmp_path / "other.png", 1)
     before = {path: Path(path).read_bytes() for path in (photo, other)}
     for mine in before:
         assert cli.main(["predict", photo, "--model", str(tmp_path / "m"), "--show", mine]) == 2
@@ -321,6 +321,35 @@ def test_a_clock_is_put_into_no_folder_but_a_copy_of_the_model(tmp_path, capsys,
         assert cli.main(["calibrate", str(tmp_path / "m"), "--device-only", "--out", str(folder)]) == 2
         assert sentence in capsys.readouterr().err
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_copy_of_the_model_gets_a_clock_and_keeps_what_else_is_its_own(tmp_path, quick):
+    """Its labels were translated; a save that was killed left a scratch file beside it."""
+    shipped, own = str(tmp_path / "shipped"), tmp_path / "own"
+    make_model(tmp_path / "shipped", has_points=False)
+    assert (
+        cli.main(["calibrate", shipped, "--data", make_data(tmp_path / "d"), "--max-images", "5", "--trials", "1"]) == 0
+    )
+    own.mkdir()
+    (own / ".model.safetensors.x1").touch()
+    line = ["calibrate", shipped, "--device-only", "--out", str(own)]
+    assert cli.main(line) == 0
+    config = (own / "config.json").read_text().replace("ant", "Ameise")
+    (own / "config.json").write_text(config)
+    assert cli.main([*line, "--precision", "int8"]) == 0
+    assert (own / "config.json").read_text() == config and "Ameise" in config
+    assert len(OperatingPoints.read(own).devices) == 2
+
+
+def test_a_shipped_name_is_no_folder_even_where_there_is_one_of_that_name(tmp_path, capsys, monkeypatch, quick):
+    monkeypatch.chdir(tmp_path)
+    name = "iret_nano-cluttered-digits"
+    make_model(tmp_path / name)
+    before = {path: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    for words, sentence in ((["--out", name], "holds something that is no copy"), ([], "is no folder of yours")):
+        assert cli.main(["calibrate", name, "--device-only", *words]) == 2
+        assert sentence in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / name).iterdir()} == before
 
 
 def test_a_damaged_table_in_the_folder_of_a_clock_is_named_before_anything_is_measured(tmp_path, capsys, monkeypatch):
@@ -513,7 +542,7 @@ def mistake(tmp_path: Path, capsys, line: str) -> str:
         ("p.png --device hpu", "device 'hpu' cannot be used here"),
         ("p.png --device meta", "device 'meta' cannot be used here"),
         ("p.png --show nowhere/focus.png", "nowhere/focus.png"),
-        ("p.png --show focus.docs", r"focus\.docs is no kind of picture that can be written; end its name in \.png"),
+        ("p.png --show focus.docs", r"focus\.docs is no picture that iret writes; end its name in \.png"),
     ],
 )
 def test_a_mistake_in_predict_is_one_sentence(tmp_path, capsys, monkeypatch, line, message):

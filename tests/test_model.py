@@ -274,7 +274,7 @@ def test_a_budget_that_is_no_number_is_refused(budget):
         model(make_images(), budget=budget)
 
 
-@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor])
+@pytest.mark.parametrize("make", [list, tuple, np.array, lambda row: np.array(row[::-1])[::-1], torch.tensor])
 def test_a_budget_an_image_comes_in_any_row_of_numbers(make):
     model, images = make_model(), make_images(3)
     model.points = made_up_points(model)

@@ -41,8 +41,9 @@ def measure_device(
     """The columns of this device for `points`, and the raw samples by (point, plan).
 
     The milliseconds take `TIME_LIMIT_S`: where the least number of rounds would take longer, plans are left out evenly, down to
-    the middle one of each point. The joules take a window of the meter a point and one of the idle machine, whose power is
-    taken off them. `meter` None: joules are estimated. A meter that fails is named, and the estimate stands in for all points.
+    the middle one of each point; their mean is that of all images (`mean_of_all`). The joules take a window of the meter a point
+    and one of the idle machine, whose power is taken off them, and are of the plans that ran. `meter` None: joules are estimated.
+    A meter that fails is named, and the estimate stands in for all points.
 
     Raises:
         ValueError: points without plans.

@@ -9,6 +9,7 @@ from PIL import Image
 from iret.draw import draw_focus, draw_tradeoff, stack
 from iret.evaluate import evaluate
 from iret.model import Iret
+from iret.picture import save_image
 from iret.predict import predict, warm_up
 from iret.runtime.cost import full_macs
 from iret.runtime.points import BUDGETS
@@ -75,7 +76,7 @@ def _digits(model: Iret, out: Path, say: Say, print_table: PrintTable) -> tuple[
         answer, trace = predict(model, image, setting=model.setting(BUDGETS[-1]))
         title = f"digit {data.class_names[label]}, budget {BUDGETS[-1]:g}: {answer.label}, {answer.macs_share:.0%} of full MACs"
         rows.append(draw_focus(model, image, trace, title))
-    stack(rows).save(out / "digits.png")
+    save_image(stack(rows), out / "digits.png")
     return shares, [score.accuracy for score in scores]
 
 
@@ -98,7 +99,7 @@ def _photos(model: Iret, out: Path, say: Say, print_table: PrintTable) -> None:
             )
             title = f"{path.name}, budget {budget:g}: {answer.label}, {answer.macs_share:.0%} of full MACs"
             pictures.append(draw_focus(model, photo, trace, title))
-        stack(pictures).save(out / f"{path.stem}.png")
+        save_image(stack(pictures), out / f"{path.stem}.png")
     say(f"\n{PHOTO_MODEL} on two photographs, one thread; a budget holds in the mean, one image may take more or less")
     print_table(("photo", "budget", "label", "confidence", "of full MACs", "patches a stage", "ms"), rows)
     if model.points is not None:

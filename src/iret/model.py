@@ -150,7 +150,7 @@ class Iret(Classifier):
             if not (isinstance(budget, (int, float)) and budget == 1):
                 raise ValueError("give one of budget, ms and joules.")
             budget = self.budget_for(ms=ms, joules=joules)
-        if isinstance(budget, (int, float)) and budget == 1:
+        if isinstance(budget, (int, float, np.number)) and budget == 1:
             return self.stages[-1].head(self.forward_features(images)[:, 0])
         self.check_images(images)
         thresholds, confidence = self._look_up(budget, len(images))
@@ -175,7 +175,11 @@ class Iret(Classifier):
         if not isinstance(budget, (list, tuple, np.ndarray, Tensor)):
             raise ValueError(f"budget={budget!r} must be one number, or one an image.")
         try:
-            budget = torch.as_tensor(budget, dtype=torch.float64)
+            budget = (
+                budget
+                if isinstance(budget, Tensor)
+                else torch.from_numpy(np.array(budget, dtype=np.float64, order="C"))
+            )
         except (TypeError, ValueError) as error:
             raise ValueError(f"budget={budget!r} must be one number, or one an image.") from error
         if budget.shape != (batch,):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 if TYPE_CHECKING:
@@ -20,23 +20,23 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    figure.savefig(path, dpi=150, metadata=SIGNATURE if path.suffix.lower() == ".png" else None)
+    figure.savefig(path, dpi=150, metadata=SIGNATURE)
 
 
 def check_picture(path: Path) -> None:
     """Raises ValueError for a picture that could not be written, or would replace what was not drawn here."""
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{path} cannot be written: the folder {path.parent} does not exist; make it first.")
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path} is no kind of picture that can be written; end its name in .png.")
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path} is no picture that iret writes; end its name in .png.")
     if path.exists() and not _is_ours(path):
         raise ValueError(f"{path} is there already, and was not drawn by iret; name another picture, such as new.png.")
 
 
 def _is_ours(path: Path) -> bool:
-    """A PNG with the signature; other formats carry none."""
+    """Whether it carries the signature."""
     try:
         with Image.open(path) as image:
             return SIGNATURE.items() <= image.info.items()
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError):
+    except (OSError, ValueError, Image.DecompressionBombError):
         return False

@@ -316,16 +316,18 @@ def test_the_same_bundle_written_again_keeps_what_was_measured_of_it_and_another
     model, out, said = make_model(), tmp_path / "bundle", []
     full = float(full_macs(model.shape))
     point = Point(thresholds=((0.0, 0.0),), accuracy=0.5, macs_mean=full, macs_p95=full, kept_mean=(12.0,) * 2)
-    model.points = OperatingPoints(data="d", num_images=1, full_macs=round(full), points=(point,))
-    bundle, _ = export(model, out)
     one = dict.fromkeys(("ms_mean", "ms_p50", "ms_p95", "joules"), (1.0,))
     clock = DeviceTable(device="a board", **one, energy_source="", energy_scope="", energy_kind="estimated", rounds=3)
+    older, newer = replace(clock, device="the model's", rounds=4), replace(clock, device="the model's", rounds=5)
+    model.points = OperatingPoints(data="d", num_images=1, full_macs=round(full), points=(point,), devices=(older,))
+    bundle, _ = export(model, out)
     replace(bundle, points=bundle.points.with_device(clock)).write(out)
+    model.points = model.points.with_device(newer)
     again, _ = export(model, out, say=said.append)
-    assert Bundle.read(out).points.devices == again.points.devices == (clock,)
+    assert Bundle.read(out).points.devices == again.points.devices == (newer, clock)
     content[0] = b"another"
     export(model, out, say=said.append)
-    assert Bundle.read(out).points.devices == ()
+    assert Bundle.read(out).points.devices == (newer,)
     assert [line for line in said if "dropped" in line] == [
         "the bundle is new, so clocks of the one before are dropped; measure again: a board"
     ]

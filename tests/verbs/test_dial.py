@@ -1,6 +1,7 @@
 """Words of `calibrate`, `bench` and `simulate` that would be lost without a sentence, and what a day says of itself."""
 
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -80,8 +81,7 @@ def bundle(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_a_bundle_keeps_its_clock_on_an_engine_and_needs_no_torch(bundle, monkeypatch, capsys, engine):
-    monkeypatch.setitem(sys.modules, "torch", None)
+def test_a_bundle_keeps_its_clock_on_an_engine(bundle, capsys, engine):
     words = ["calibrate", str(bundle), "--device-only", "--engine", engine, "--threads", "1"]
     assert cli.main(words) == 0
     (table,) = Bundle.read(bundle).points.devices
@@ -90,9 +90,19 @@ def test_a_bundle_keeps_its_clock_on_an_engine_and_needs_no_torch(bundle, monkey
     assert table.device.endswith(f", {engine}, 1 thread, float32")
 
 
+def test_a_bundle_is_timed_without_torch(bundle):
+    """As far as its empty graphs, which no engine loads."""
+    code = "import sys; from iret.cli import main; status = main(sys.argv[1:]); print(status, 'torch' in sys.modules)"
+    words = ["calibrate", str(bundle), "--device-only"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n"
+    assert "cannot load" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("--device-only --workers 2", "a bundle is timed as it is; leave out --workers"),
         ("--data d", "whose points are its model's; --device-only measures its clock here"),
         ("--device-only --data d", "a bundle is timed as it is; leave out --data"),
         ("--device-only --trials 2", "leave out --trials"),

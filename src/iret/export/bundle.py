@@ -165,8 +165,8 @@ def _keep_clocks(bundle: Bundle, out: Path, say: Say) -> Bundle:
         before = Bundle.read(out)
     except ValueError:  # none, or of another format
         return bundle
-    own = () if bundle.points is None else bundle.points.devices
-    clocks = [] if before.points is None else [each for each in before.points.devices if each not in own]
+    own = {each.device for each in bundle.points.devices} if bundle.points else set()  # the model's, which may be newer
+    clocks = [] if before.points is None else [each for each in before.points.devices if each.device not in own]
     if not clocks:
         return bundle
     assert before.points is not None

@@ -41,7 +41,8 @@ def measure_session(
     """The columns of `session.device`: every point on `images`, float32 [B, C, Y, X], one at a time, or on its plans.
 
     Of what takes longer than about `seconds`, fewer images or plans are timed, evenly over those of each point, but never fewer
-    than one, in never fewer than three rounds. Joules are of the images that were timed, or of all plans.
+    than one, in never fewer than three rounds. Means are of the images that were timed, or, from plans, of all that a point
+    was found on.
     """
     check_number("seconds", seconds)
     if not (np.isfinite(seconds) and seconds > 0):
@@ -175,7 +176,7 @@ def mean_of_all(shape: Shape, point: Point, plans: Sequence[Plan], costs: Sequen
     ]
     known = np.array(x, dtype=np.float64)
     means = np.array([point.macs_mean, *point.kept_mean[1:]])
-    if len(plans) < 2 * len(means):  # too few for as many slopes
+    if len(plans) < 3 * len(means):  # too few for as many slopes
         known, means = known[:, :1], means[:1]
     away, y = known - known.mean(0), np.asarray(costs, dtype=np.float64)
     scale = np.where(away.any(0), away.std(0), 1.0)

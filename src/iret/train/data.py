@@ -124,7 +124,7 @@ def open_data(
 
 
 def may_be_hub_id(spec: str) -> bool:
-    """Not a path by the look of it; what is here is none whatever its name."""
+    """Whether it does not look like a path. What is here is never looked for on the hub."""
     return spec.startswith("hf:") or not (spec.count("/") > 1 or spec.startswith((".", "/", "~")))
 
 

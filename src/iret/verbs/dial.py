@@ -24,15 +24,23 @@ from iret.verbs.console import (
 )
 
 SEARCH_NAME = "search.jsonl"
-BUNDLE_LEAVES_OUT = {"data": None, "trials": None, "max_images": None, "show": None, "out": None, "device": "cpu"}
-BUNDLE_LEAVES_OUT |= {"precision": "float32", "meter": "auto", "battery_wh": None}  # and what stands there if not given
+BUNDLE_LEAVES_OUT: dict[str, object] = {  # options that say nothing to a bundle, and what stands there if not given
+    **dict.fromkeys(("data", "trials", "max_images", "show", "out", "battery_wh", "label_column")),
+    "device": "cpu",
+    "precision": "float32",
+    "meter": "auto",
+    "workers": 0,
+    "on_corrupt": "skip",
+}
 TRIALS = 8  # of `iret calibrate`, unless --trials says otherwise
 
 
 def do_calibrate(args: argparse.Namespace) -> int:
+    from iret.presets import list_checkpoints
     from iret.runtime.bundle import FILE_NAME as BUNDLE_NAME
 
-    if (Path(args.model) / BUNDLE_NAME).is_file():
+    is_shipped = args.model in list_checkpoints()  # which goes before a folder of that name
+    if not is_shipped and (Path(args.model) / BUNDLE_NAME).is_file():
         return _calibrate_bundle(args)
     if args.engine is not None:
         raise ValueError(f"--engine is of a bundle, and {args.model} is none; a model runs on torch.")
@@ -43,16 +51,18 @@ def do_calibrate(args: argparse.Namespace) -> int:
     from iret.weights import write_atomically
     from iret.zoo import load
 
+    own = None if is_shipped or not Path(args.model).is_dir() else Path(args.model).resolve()
+    folder = Path(args.out or args.model)
     check_picture(args.show)
-    check_folder(Path(args.out or args.model))
+    check_folder(folder)
     set_threads(args.threads)
     loaded = load(args.model).to(check_device(args.device))
     model, context = prepare(loaded, args.precision)
-    meter, folder = choose_meter(args), Path(args.out or args.model)
-    if args.out is None and not folder.is_dir():
+    meter = choose_meter(args)
+    if args.out is None and own is None:
         raise ValueError(f"{args.model} is no folder of yours to write {FILE_NAME} into; name a new one with --out.")
     there = OperatingPoints.read(folder)  # before anything is measured, for it may be damaged
-    _check_copy(args, loaded, there)
+    has_weights = folder.resolve() == own or _holds_copy(args, loaded, there)
     with context:
         try:
             points = _find_points(args, model, folder)
@@ -62,7 +72,7 @@ def do_calibrate(args: argparse.Namespace) -> int:
     if there is not None and there.points == points.points:  # it may know clocks that the model does not
         points = reduce(OperatingPoints.with_device, there.devices, points)
     loaded.points = points.with_device(table)
-    if folder.resolve() == Path(args.model).resolve():
+    if has_weights:
         write_atomically(folder / FILE_NAME, loaded.points.to_json().encode())
     else:
         loaded.save_pretrained(folder)
@@ -72,27 +82,34 @@ def do_calibrate(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(loaded.points)))
         return 0
     _print_points(loaded.points, table)
-    unsure = 100 * max(1.96 * (p.accuracy * (1 - p.accuracy) / points.num_images) ** 0.5 for p in points.points)
+    images = points.num_images
+    rates = [(point.accuracy * images + 2) / (images + 4) for point in points.points]  # Agresti and Coull's interval
+    unsure = 196 * max((rate * (1 - rate) / (images + 4)) ** 0.5 for rate in rates)
     say(
-        f"{len(points.points)} operating points on {points.num_images} held-out images, which tell an accuracy to about "
-        f"{unsure:.1f} points: {folder / FILE_NAME}"
+        f"{len(points.points)} operating points on {images} held-out images, which tell an accuracy to about {unsure:.1f} "
+        f"points: {folder / FILE_NAME}"
     )
     return 0
 
 
-def _check_copy(args: argparse.Namespace, model, there) -> None:
-    """Raises ValueError unless --out is new, or a copy of the model, `there` its points, that may be written anew."""
+def _holds_copy(args: argparse.Namespace, model, there) -> bool:
+    """Whether --out is a copy of the model already, `there` its points; if not, it is new.
+
+    Raises:
+        ValueError: it is something else, or it is to have another clock and has other points.
+    """
     from iret.weights import holds
 
-    if args.out is None or Path(args.out).resolve() == Path(args.model).resolve():
-        return
-    found = {path.name for path in Path(args.out).iterdir()} - {SEARCH_NAME} if Path(args.out).is_dir() else set()
-    if found and not holds(Path(args.out), model.state_dict()):
+    out = Path(args.out)
+    is_copy = holds(out, model.state_dict())
+    # names with a dot: what a save that was killed had not moved into place
+    if not is_copy and out.is_dir() and any(path.name[0] != "." and path.name != SEARCH_NAME for path in out.iterdir()):
         raise ValueError(f"{args.out} holds something that is no copy of {args.model}; give a new folder.")
     if args.device_only and there is not None and (model.points is None or there.points != model.points.points):
         raise ValueError(
             f"{args.out} has operating points of its own; their clock is measured by `iret calibrate {args.out} --device-only`."
         )
+    return is_copy
 
 
 def _calibrate_bundle(args: argparse.Namespace) -> int:
@@ -105,12 +122,13 @@ def _calibrate_bundle(args: argparse.Namespace) -> int:
     for name, left_out in BUNDLE_LEAVES_OUT.items():
         if getattr(args, name) != left_out:
             raise ValueError(f"a bundle is timed as it is; leave out --{name.replace('_', '-')}.")
+    check_folder(Path(args.model))
     session, table = measure_bundle(Path(args.model), args.engine, args.threads)
     if args.json:
         print(json.dumps(asdict(session.points)))
         return 0
     _print_points(session.points, table)
-    say(f"kept in {args.model}, for ms= and joules= on {session.engine}")
+    say(f"kept in {args.model}, for ms= and joules= of a session with this engine and as many threads")
     return 0
 
 
