@@ -195,6 +195,14 @@ def test_few_plans_are_told_apart_by_their_macs_alone_and_equal_ones_not_at_all(
     assert mean_of_all(SHAPE, every, [LEAVES], [3.0]) == pytest.approx(3.0)
 
 
+def test_few_plans_lie_on_one_line():
+    every = mean_like(0.1)
+    plans = [STAYS, Plan((64, 20, 5), (0, 20, 5)), Plan((64, 60), (0, 60)), Plan((64, 10), (0, 10))]
+    costs = [5.0, 2.0, 4.0, 1.0]
+    line = np.polyfit([macs_of(SHAPE, every, plan) for plan in plans], costs, 1)
+    assert mean_of_all(SHAPE, every, plans, costs) == pytest.approx(np.polyval(line, every.macs_mean))
+
+
 def test_a_clock_s_mean_is_of_all_images_where_plans_were_timed_and_of_those_timed_where_images_were():
     every = mean_like(0.1)
     seconds = [0.005] * 3 + [0.001] * 9
