@@ -68,6 +68,13 @@ def test_the_columns_are_of_this_device_and_come_with_their_samples():
     assert model.budget_for(ms=1e6) == 1.0
 
 
+def test_means_are_of_all_images_and_not_of_the_plans_that_ran(monkeypatch):
+    model = make_model()
+    monkeypatch.setattr("iret.runtime.timing.mean_of_all", lambda *_: 7.0)
+    table, _ = measure_device(model, model.points)
+    assert (table.ms_mean, table.joules) == ((7.0, 7.0), (7.0, 7.0))
+
+
 def test_points_without_plans_say_what_to_run():
     model = make_model()
     bare = Point(thresholds=((0.0, 0.0),) * 2, accuracy=0.5, macs_mean=1.0, macs_p95=1.0, kept_mean=())

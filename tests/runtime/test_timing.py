@@ -211,6 +211,14 @@ def test_a_clock_s_mean_is_of_all_images_where_plans_were_timed_and_of_those_tim
     assert clock_columns(samples, [every])[0] == (pytest.approx(2.0),)
 
 
+def test_a_session_s_means_are_of_all_images_unless_images_were_given(monkeypatch):
+    monkeypatch.setattr(timing, "mean_of_all", lambda *_: 7.0)
+    points, image = table(point(1.0, PLAN, PLAN)), np.zeros((1, 3, 32, 32), np.float32)
+    by_plans, by_images = (measure_session(Pretender(), points, images, 1e-9) for images in (None, image))
+    assert (by_plans.ms_mean, by_plans.joules) == ((7.0,), (7.0,))
+    assert by_images.ms_mean[0] < 7 and by_images.joules[0] < 7
+
+
 # ---- joules
 
 

@@ -62,7 +62,7 @@ def do_predict(args: argparse.Namespace) -> int:
                 )
     if pictures:
         save_image(stack(pictures), Path(args.show))
-    notes = [*([chosen] if chosen and not pilot else []), *_explain_exit(args, has_goal=pilot is not None)]
+    notes = [*chosen, *_explain_exit(args, has_goal=pilot is not None)]
     if args.json:
         answers = [
             asdict(answer) | {"decision": decision and asdict(decision)}
@@ -82,17 +82,17 @@ def do_predict(args: argparse.Namespace) -> int:
 
 
 def _read_setting(args: argparse.Namespace, model):
-    """What --budget, --ms, --joules or --threshold ask for, and a sentence on what was chosen for milliseconds or joules."""
+    """What --budget, --ms, --joules or --threshold ask for, and sentences on what was chosen for milliseconds or joules."""
     from iret.runtime.points import Setting
 
-    chosen = ""
+    chosen: list[str] = []
     if args.threshold is not None:
         setting = Setting(thresholds=read_thresholds(args.threshold))
     elif args.ms is not None or args.joules is not None:
         budget = model.budget_for(ms=args.ms, joules=args.joules)
         setting, accuracy = model.setting(budget), model.points.accuracy_at(budget)
         asked = f"--joules {args.joules:g}" if args.ms is None else f"--ms {args.ms:g}"
-        chosen = (
+        chosen.append(
             f"{asked}: {budget:.0%} of the MACs, with which {accuracy:.1%} of held-out images are right; a mean of many images, "
             "which a single one may exceed (--deadline keeps 95 of 100)"
         )
