@@ -1,9 +1,11 @@
-"""Does dropping save time on a GPU? `iret_small` in bf16 at batch 1, 64 and 256, eager and compiled, raw samples kept.
+"""Does dropping save time on a GPU? `iret_small` in bf16 at batch 1, 64 and 256, raw samples kept.
 
-Every image of a batch does what a held-out image did at one operating point of a calibrated model (`--counts`, scaled to this
-grid), choosing included (`Iret.replay`), at the point that comes closest to the MAC ratio. Compiled, the static
-model is one graph, ours a graph a stage and a transition. In turn with it run the
-full model and a static ViT of DeiT-S shape. Peak memory is that of one run beyond weights and images.
+`threshold`, eager: every image does what a held-out image did at one operating point of a calibrated model (`--counts`, scaled to
+this grid), choosing included (`Iret.replay`), at the point that comes closest to the MAC ratio. `graph`: the same model at
+fixed counts (`FixedCounts`), those that the points of `--counts` keep in the mean at that share of the MACs, as one CUDA graph
+(`capture_graph`); `compiled graph`: after `Iret.compile`. In turn with them run the full model in the same mode, a static ViT of
+DeiT-S shape, and for graphs the *ceiling*, the same layers at the same counts with nothing scored, chosen or gathered.
+Peak memory is that of one run, outside a graph, beyond weights and images.
 
     python benchmarks/gpu.py --out results/...        some minutes, most of them compiling; `--device cpu` rehearses it
 """
@@ -18,10 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from batch import mean_macs, vit_macs
+from torch import Tensor, nn
 
 import iret
 from iret import doctor
 from iret.clock import synchronizer
+from iret.fixed import FixedCounts, capture_graph, counts_at, even
 from iret.measure.latency import Latency, measure_latency, ratio
 from iret.runtime.cost import full_macs
 from iret.runtime.points import Plan, Point
@@ -29,8 +33,28 @@ from iret.vit import VisionTransformer
 from iret.zoo import load
 
 RATIOS = (1.5, 2.5, 4.0)
-MODES = ("eager, autocast", "eager", "compiled")  # the last two with weights in bf16
+MODES = ("threshold", "graph", "compiled graph")
 WARM_UP = 5  # rounds; the first of a compiled model takes long
+Calls = dict[str, Callable[[], object]]
+
+
+class Ceiling(nn.Module):
+    """The layers of `fixed` at its counts: the first patches, nothing scored, chosen or gathered."""
+
+    def __init__(self, fixed: FixedCounts) -> None:
+        super().__init__()
+        self.fixed = fixed
+
+    def forward(self, images: Tensor) -> Tensor:
+        stages = self.fixed.model.stages
+        tokens, place_BN, patches = self.fixed.embed(images)
+        for index, kept in enumerate(self.fixed.kept):
+            tokens, _ = stages[index](tokens, is_scored=False)
+            place_BN = place_BN[:, : 1 + kept]
+            x_BND = tokens.x_TD.unflatten(0, (len(images), -1))[:, : 1 + kept]
+            tokens = self.fixed.transit(index, even(x_BND, place_BN), place_BN, patches)
+        tokens, _ = stages[-1](tokens, is_scored=False)
+        return stages[-1].answer(tokens)
 
 
 def plans_by_point(counts: str, model: iret.Iret) -> list[list[Plan]]:
@@ -59,49 +83,50 @@ def peak_mib(call: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def candidates(
-    mode: str, batch: int, rows: list[list[Plan]], device: str
-) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """Calls to time, and how many times fewer MACs than the full model each spends."""
+def candidates(mode: str, batch: int, counts: str, device: str) -> tuple[Calls, dict[str, float], Calls]:
+    """Calls to time, how many times fewer MACs than the full model each spends, and calls whose peak memory is theirs."""
     torch.manual_seed(0)
-    dtype = torch.float32 if "autocast" in mode else torch.bfloat16
-    model = iret.create_model("iret_small").eval().requires_grad_(False).to(device, dtype)
-    static = VisionTransformer().eval().requires_grad_(False).to(device, dtype)
-    images = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
-    point = Point(
-        thresholds=((1.0, 1.0),) * 2, accuracy=0.0, macs_mean=1.0, macs_p95=1.0, kept_mean=(), exit_confidence=1.0
-    )
-    if mode == "compiled":
+    model = iret.create_model("iret_small").eval().requires_grad_(False).to(device, torch.bfloat16)
+    static = VisionTransformer().eval().requires_grad_(False).to(device, torch.bfloat16)
+    images = torch.randn(batch, 3, 224, 224, device=device, dtype=torch.bfloat16)
+    full, ratios = full_macs(model.shape), {"full": 1.0, "DeiT-S shape": full_macs(model.shape) / vit_macs()}
+    if mode == "threshold":
+        calls: Calls = {"full": lambda: model(images), "DeiT-S shape": lambda: static(images)}
+        rows = plans_by_point(counts, model)
+        point = Point(
+            thresholds=((1.0, 1.0),) * 2, accuracy=0.0, macs_mean=1.0, macs_p95=1.0, kept_mean=(), exit_confidence=1.0
+        )
+        for wanted in RATIOS:
+            plans = closest(model, rows, wanted, batch)
+            calls[f"{wanted:g}"] = lambda plans=plans: model.replay(images, plans, point)
+            ratios[f"{wanted:g}"] = full / mean_macs(model, plans)
+        return calls, ratios, calls
+    if mode == "compiled graph":
         model.compile()
-        static = torch.compile(static)
-    calls: dict[str, Callable[[], object]] = {"full": lambda: model(images), "DeiT-S shape": lambda: static(images)}
-    ratios = {"full": 1.0, "DeiT-S shape": full_macs(model.shape) / vit_macs()}
+        static = torch.compile(static, dynamic=True)
+    modules: dict[str, nn.Module] = {"full": FixedCounts(model, (model.shape.num_patches,) * 2), "DeiT-S shape": static}
     for wanted in RATIOS:
-        plans = closest(model, rows, wanted, batch)
-        calls[f"{wanted:g}"] = lambda plans=plans: model.replay(images, plans, point)
-        ratios[f"{wanted:g}"] = full_macs(model.shape) / mean_macs(model, plans)
-    if "autocast" in mode:
-        calls = {name: _under_autocast(call, device) for name, call in calls.items()}
-    return calls, ratios
+        fixed = FixedCounts(model, counts_at(load(counts).points, model.shape, 1 / wanted))
+        modules |= {f"{wanted:g}": fixed, f"{wanted:g} ceiling": Ceiling(fixed)}
+        ratios |= {f"{wanted:g}": full / fixed.macs, f"{wanted:g} ceiling": full / fixed.macs}
+    calls = {
+        name: _bind(capture_graph(module, images) if device == "cuda" else module, images)
+        for name, module in modules.items()
+    }
+    return calls, ratios, {name: _bind(module, images) for name, module in modules.items()}
 
 
-def _under_autocast(call: Callable[[], object], device: str) -> Callable[[], object]:
-    def run() -> object:
-        with torch.autocast(device, torch.bfloat16):
-            return call()
-
-    return run
+def _bind(call: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
+    return lambda: call(images)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(args: argparse.Namespace) -> Iterator[list[tuple[dict, Latency]]]:
     """Rows and raw samples, mode by mode and batch by batch."""
-    rows, wait = plans_by_point(args.counts, iret.create_model("iret_small")), synchronizer(torch.device(args.device))
-    for mode in MODES:
+    wait = synchronizer(torch.device(args.device))
+    for mode in args.modes:
         for batch in args.batch:
-            calls, ratios = candidates(mode, batch, rows, args.device)
-            for call in calls.values():
-                call()
+            calls, ratios, peaks = candidates(mode, batch, args.counts, args.device)
             samples = measure_latency(calls, rounds=args.rounds, warm_up=WARM_UP, lead=1, synchronize=wait)
             found = []
             for name, latency in samples.items():
@@ -109,7 +134,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[tuple[dict, Latency]]]:
                 row = {"mode": mode, "batch": batch, "what": name, "mac_ratio": float(ratios[name])}
                 row |= {"ms": latency.p50_ms, "images_per_s": batch / latency.p50_ms * 1e3, "speedup": speedup}
                 row |= {"share": speedup / ratios[name]}
-                row["peak_mib"] = peak_mib(calls[name]) if args.device == "cuda" else None
+                row["peak_mib"] = peak_mib(peaks[name]) if args.device == "cuda" else None
                 found.append((row, latency))
             yield found
 
@@ -145,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", default="iret_pico-cifar10", help="calibrated model that keeps the counts")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, required=True)

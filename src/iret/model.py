@@ -98,12 +98,13 @@ class Transition(nn.Module):
         with torch.no_grad():
             self.widen.weight.copy_(torch.eye(*self.widen.weight.shape))
 
-    def forward(self, tokens: Tokens, details: Float[Tensor, "K C 3 P P"], rows: Int[Tensor, " K"] | None) -> Tokens:
-        """`details` are those of the tokens in `rows`; None: of all but the first, as in a batch of one image."""
+    def forward(self, tokens: Tokens, details: Float[Tensor, "K *band"], rows: Int[Tensor, " K"] | None) -> Tokens:
+        """`details` are those of the tokens in `rows`; None: of the first patches of each image, as many in all of them."""
         x = self.widen(self.norm(tokens.x_TD)) + self.pos_embed[0].index_select(0, tokens.cell_T + 1)
         extra = self.detail_embed(self.detail_norm(details.flatten(1))).to(x.dtype)
         if rows is None:
-            x[1:] += extra
+            each = len(details) // tokens.batch_size
+            x.unflatten(0, (tokens.batch_size, -1))[:, 1 : 1 + each] += extra.unflatten(0, (-1, each))
         else:
             x.index_add_(0, rows, extra)
         return tokens.with_x(x)

@@ -12,6 +12,7 @@ Read first: `blocks`. What engines cannot do: docs/export.md.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,21 +54,25 @@ class Coarse(nn.Module):
         return bands.permute(3, 4, 0, 1, 2).flatten(3).flatten(0, 2)
 
 
-class Details(nn.Module):
-    """The details that one level of lifting finds in patches, flat; of linear steps by one fixed matrix, as `Coarse`."""
+class Lift(nn.Module):
+    """What lifting makes of patches, flat: details of one level, or the coarsest band. Of linear steps by one fixed matrix."""
 
-    def __init__(self, lifting: Lifting, shape: Shape, level: int) -> None:
+    def __init__(self, lifting: Lifting, shape: Shape, level: int | None = None) -> None:
+        """`level` None: the coarsest band."""
         super().__init__()
         self.level, self.is_linear = level, isinstance(lifting.levels[0], LinearLifting2d)
         if self.is_linear:
-            self.register_buffer("matrix", _matrix(lambda unit: lifting.details(unit, level), shape))
+            self.register_buffer("matrix", _matrix(partial(self.lift, lifting), shape))
         else:
             self.lifting = lifting
 
+    def lift(self, lifting: Lifting, patches: Tensor) -> Tensor:
+        return lifting.coarse(patches) if self.level is None else lifting.details(patches, self.level)
+
     def forward(self, patches: Float[Tensor, "K C P P"]) -> Float[Tensor, "K band"]:
-        if not self.is_linear:
-            return self.lifting.details(patches, self.level).flatten(1)
-        return (patches.flatten(2) @ self.matrix).flatten(1)
+        if self.is_linear:
+            return (patches.flatten(2) @ self.matrix).flatten(1)
+        return self.lift(self.lifting, patches).flatten(1)
 
 
 def _matrix(lift: Callable[[Tensor], Tensor], shape: Shape) -> Float[Tensor, "pixels band"]:
@@ -127,7 +132,7 @@ class LaterStage(StageGraph):
     def __init__(self, model: Iret, index: int, *, is_convolved: bool = False) -> None:
         super().__init__(model, index, is_convolved=is_convolved)
         self.transition = model.transitions[index - 1]
-        self.details = Details(model.lifting, model.shape, model.shape.detail_level(index))
+        self.details = Lift(model.lifting, model.shape, model.shape.detail_level(index))
 
     def transit(
         self, x: Float[Tensor, "NB D"], place: Int[Tensor, " NB"], pixels: Tensor, source: Int[Tensor, " NB"]
