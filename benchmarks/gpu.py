@@ -3,7 +3,7 @@
 `threshold`, eager: every image does what a held-out image did at one operating point of a calibrated model (`--counts`, scaled to
 this grid), choosing included (`Iret.replay`), at the point that comes closest to the MAC ratio. `graph`: the same model at
 fixed counts (`FixedCounts`), those that the points of `--counts` keep in the mean at that share of the MACs, as one CUDA graph
-(`capture_graph`); `compiled graph`: after `Iret.compile`. In turn with them run the full model in the same mode, a static ViT of
+(`capture_graph`); `compiled graph`: compiled first. In turn with them run the full model in the same mode, a static ViT of
 DeiT-S shape, and for graphs the *ceiling*, the same layers at the same counts with nothing scored, chosen or gathered.
 Peak memory is that of one run, outside a graph, beyond weights and images.
 
@@ -13,7 +13,7 @@ Peak memory is that of one run, outside a graph, beyond weights and images.
 import argparse
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -101,23 +101,22 @@ def candidates(mode: str, batch: int, counts: str, device: str) -> tuple[Calls, 
             calls[f"{wanted:g}"] = lambda plans=plans: model.replay(images, plans, point)
             ratios[f"{wanted:g}"] = full / mean_macs(model, plans)
         return calls, ratios, calls
-    if mode == "compiled graph":
-        model.compile()
-        static = torch.compile(static, dynamic=True)
     modules: dict[str, nn.Module] = {"full": FixedCounts(model, (model.shape.num_patches,) * 2), "DeiT-S shape": static}
     for wanted in RATIOS:
         fixed = FixedCounts(model, counts_at(load(counts).points, model.shape, 1 / wanted))
-        modules |= {f"{wanted:g}": fixed, f"{wanted:g} ceiling": Ceiling(fixed)}
-        ratios |= {f"{wanted:g}": full / fixed.macs, f"{wanted:g} ceiling": full / fixed.macs}
-    calls = {
-        name: _bind(capture_graph(module, images) if device == "cuda" else module, images)
-        for name, module in modules.items()
-    }
-    return calls, ratios, {name: _bind(module, images) for name, module in modules.items()}
+        modules[f"{wanted:g}"] = fixed
+        ratios[f"{wanted:g}"] = ratios[f"{wanted:g} ceiling"] = full / fixed.macs
+        if mode == "graph":
+            modules[f"{wanted:g} ceiling"] = Ceiling(fixed)
+    if mode == "compiled graph":
+        for module in modules.values():
+            module.compile(fullgraph=True, dynamic=False)
+    captured = {name: capture_graph(module, images) if device == "cuda" else module for name, module in modules.items()}
+    return _bind(captured, images), ratios, _bind(modules, images)
 
 
-def _bind(call: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
-    return lambda: call(images)
+def _bind(calls: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor) -> Calls:
+    return {name: lambda call=call: call(images) for name, call in calls.items()}
 
 
 @torch.no_grad()

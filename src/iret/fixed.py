@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iret.export.graphs import Lift
-from iret.model import Iret
+from iret.lifting import LinearLifting2d
+from iret.model import MAX_GRAPHS, Iret
 from iret.runtime.cost import Shape, full_macs, stage_macs
 from iret.runtime.points import OperatingPoints, check_budget, round_up
 from iret.tokens import Tokens
@@ -36,8 +37,8 @@ STEPS = 1024  # between the cheapest operating point and the full model, at whic
 class FixedCounts(nn.Module):
     """`model`, whose weights it shares, keeping `kept` patches at each transition and looking again at the best `refined`.
 
-    Cast and move the model first: details are made in float32, because in half precision a flat patch would have some.
-    Images that hold NaN give logits of NaN; to refuse them would be to wait.
+    Cast and move the model first; linear lifting stays as it is then. Images that hold NaN give logits of NaN: to refuse them
+    would be to wait.
     """
 
     def __init__(self, model: Iret, kept: Sequence[int], refined: Sequence[int] | None = None) -> None:
@@ -50,17 +51,16 @@ class FixedCounts(nn.Module):
         shape = model.shape
         self.kept = read_counts(kept, shape, "kept")
         self.refined = self.kept if refined is None else read_counts(refined, shape, "refined")
-        for again, here in zip(self.refined, self.kept, strict=True):
-            if again > here:
-                raise ValueError(
-                    f"refined={self.refined} is more than kept={self.kept}: only what stays is looked at again."
-                )
+        if any(again > here for again, here in zip(self.refined, self.kept, strict=True)):
+            raise ValueError(
+                f"refined={self.refined} is more than kept={self.kept}: only what stays is looked at again."
+            )
         self.model = model
+        self.is_linear = isinstance(model.lifting.levels[0], LinearLifting2d)
+        lifting = deepcopy(model.lifting).cpu().float() if self.is_linear else model.lifting
         levels = [None, *(shape.detail_level(stage) for stage in range(1, len(shape.depths)))]
-        lifts = [
-            Lift(deepcopy(model.lifting).cpu().float(), shape, level).to(model.pos_embed.device) for level in levels
-        ]
-        self.coarse, self.details = lifts[0].to(model.pos_embed.dtype), nn.ModuleList(lifts[1:])
+        self.lifts = nn.ModuleList(Lift(lifting, shape, level) for level in levels)
+        self.lifts.to(model.pos_embed.device, model.pos_embed.dtype)
 
     @classmethod
     def at(cls, model: Iret, budget: float) -> "FixedCounts":
@@ -92,6 +92,12 @@ class FixedCounts(nn.Module):
         tokens, _ = stages[-1](tokens, is_scored=False)
         return stages[-1].answer(tokens)
 
+    def compile(self, *args, fullgraph: bool = True, dynamic: bool | None = False, **kwargs) -> None:
+        """Compile all of it in place, one graph a batch size, with the options of `torch.compile`."""
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
+        super().compile(*args, fullgraph=fullgraph, dynamic=dynamic, **kwargs)
+
     def embed(
         self, images: Float[Tensor, "B C Y X"]
     ) -> tuple[Tokens, Int[Tensor, "B N"], Float[Tensor, "cells C P P"]]:
@@ -99,9 +105,9 @@ class FixedCounts(nn.Module):
         model, batch = self.model, len(images)
         model.check_images(images)
         patches = model._patches(images)
-        with torch.autocast(images.device.type, enabled=False):
-            bands = self.coarse(patches)
-        x_BND = F.pad(model.patch_embed(bands).unflatten(0, (batch, -1)), (0, 0, 1, 0)) + model.pos_embed
+        x_BND = (
+            F.pad(model.patch_embed(self.lifts[0](patches)).unflatten(0, (batch, -1)), (0, 0, 1, 0)) + model.pos_embed
+        )
         place_BN = torch.arange(x_BND.shape[1], device=images.device).expand(batch, -1)
         return even(x_BND, place_BN), place_BN, patches
 
@@ -110,9 +116,10 @@ class FixedCounts(nn.Module):
         cells = len(patches) // len(place_BN)
         first = torch.arange(-1, len(patches) - 1, cells, device=patches.device)[:, None]
         rows = (place_BN[:, 1 : 1 + self.refined[index]] + first).flatten()
-        with torch.autocast(patches.device.type, enabled=False):
-            details = self.details[index](patches.index_select(0, rows).float()).to(patches.dtype)
-        return self.model.transitions[index](tokens, details, None)
+        pixels = patches.index_select(0, rows)
+        if self.is_linear:  # its details do not see the mean; without it a flat patch has none in half precision either
+            pixels = pixels - pixels.mean((2, 3), keepdim=True)
+        return self.model.transitions[index](tokens, self.lifts[1 + index](pixels), None)
 
 
 def even(x_BND: Float[Tensor, "B N D"], place_BN: Int[Tensor, "B N"]) -> Tokens:
@@ -136,8 +143,8 @@ def keep_best(
 def capture_graph(model: nn.Module, images: Float[Tensor, "B C Y X"]) -> Callable[[Tensor], Tensor]:
     """`model` as one CUDA graph for batches of the size and dtype of `images`; it must not wait for the host, as `FixedCounts`.
 
-    What it gives takes up to B images, on any device, and returns their logits, without gradients. Compile the model first
-    (`Iret.compile`) to capture compiled kernels. The graph reads the weights where they are now: do not move them.
+    What it gives takes up to B images, on any device, and returns their logits, without gradients. A `model` to
+    be compiled is compiled now. The graph reads the weights where they are now: do not move them.
 
     Raises:
         ValueError: images that are not on a CUDA device; later, images that do not fit the graph.
@@ -200,7 +207,9 @@ def fixed_macs(shape: Shape, kept: Sequence[int], refined: Sequence[int]) -> int
 
 
 def counts_at(points: OperatingPoints, shape: Shape, budget: float) -> tuple[int, ...]:
-    """Patches to keep at each transition for at most `budget` of the full MACs: in proportion as the operating points keep in the mean.
+    """Patches to keep at each transition for at most `budget` of the full MACs: as the operating points keep in the mean.
+
+    Points of another model give the same shares of this grid.
 
     Raises:
         ValueError: a budget outside (0, 1] or below the counts of the cheapest point.

@@ -39,7 +39,7 @@ from iret.vit import NORM_EPS, Block, init_linear, sincos_positions
 
 Budget = float | Sequence[float] | np.ndarray | Tensor  # one for all images, or one an image
 
-MAX_GRAPHS = 64  # of one compiled model; torch would stop at 8
+MAX_GRAPHS = 64  # of compiled models; torch would stop at 8
 
 
 class Stage(nn.Module):
