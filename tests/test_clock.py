@@ -9,7 +9,7 @@ import torch
 
 import iret
 from iret import clock
-from iret.clock import estimate_image, measure_device, measure_joules
+from iret.clock import between, estimate_image, measure_device, measure_joules, rows_to_measure
 from iret.doctor import describe_device
 from iret.measure.energy import EnergyError, EnergyMeter
 from iret.measure.estimate import HOROWITZ, EstimateMeter
@@ -114,6 +114,28 @@ def test_a_meter_is_asked_for_every_point_and_once_for_the_idle_machine(monkeypa
     assert table.idle_watts == 0.5
     assert table.joules == pytest.approx((0.192, 0.076))
     assert said[1] == "then joules from fake:0: 2 windows of 0.012 s and one of the idle machine, 0 s or more"
+
+
+def test_a_slow_meter_is_asked_for_some_points_and_power_is_interpolated_between(monkeypatch):
+    assert rows_to_measure(31, 6.0) == [0, 1, 30]
+    assert rows_to_measure(31, 1.2) == [0, *np.linspace(1, 30, 15).round()]
+    assert rows_to_measure(31, 0.12) == list(range(31)) == rows_to_measure(31, 0.0)
+    assert rows_to_measure(2, 360.0) == [0, 1]
+    # 1, 2 and 4 W where they were asked; between the last two 3 W, at half their MACs
+    ms, macs = np.array([10.0, 8.0, 7.0, 3.0]), np.array([100.0, 90.0, 60.0, 30.0])
+    assert between([0, 1, 3], [10.0, 16.0, 12.0], ms, macs) == pytest.approx([10.0, 16.0, 21.0, 12.0])
+
+    model, meter, said = make_model(), FakeMeter(), []
+    first, last = model.points.points
+    middle = replace(last, macs_mean=(first.macs_mean + last.macs_mean) / 2)
+    points = replace(model.points, points=(first, middle, middle, last))
+    monkeypatch.setattr(clock, "ENERGY_LIMIT_S", 0.0)
+    monkeypatch.setattr(model, "replay", lambda images, plans, point: spend(meter, 0.1))
+    table, _ = measure_device(model, points, meter, said.append)
+    assert meter.num_windows == 1 + 3 and len(table.joules) == 4
+    assert [table.joules[row] for row in (0, 1, 3)] == pytest.approx([0.1, 0.1, 0.1])
+    assert table.energy_scope == "a fake board, at 3 points"
+    assert "3 windows" in said[1]
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])

@@ -176,6 +176,8 @@ def test_what_cannot_be_had_is_refused():
         FixedCounts(model, (9, 6))(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="images are on cpu"):
         capture_graph(FixedCounts(model, (9, 6)), images_of(1))
+    with pytest.raises(ValueError, match="not captured under autocast"), torch.autocast("cpu", torch.bfloat16):
+        capture_graph(FixedCounts(model, (9, 6)), images_of(1))
 
 
 @pytest.mark.parametrize("device", [CUDA])

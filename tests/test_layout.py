@@ -23,7 +23,20 @@ LEVELS = (
     {"vit", "selection", "classifier"},
     {"model", "output", "systems", "policies", "presets"},
     {"zoo", "precision"},
-    {"train", "export", "calibrate", "clock", "bench", "card", "evaluate", "predict", "draw", "simulate", "pilot"},
+    {
+        "train",
+        "export",
+        "fixed",
+        "calibrate",
+        "clock",
+        "bench",
+        "card",
+        "evaluate",
+        "predict",
+        "draw",
+        "simulate",
+        "pilot",
+    },
     {"arguments", "cli", "verbs", "demo", "serve", "sweep"},
 )
 # What `pip install iret` alone can load: at import time the standard library, the base dependencies and each other.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from iret.fixed import FixedCounts, capture_graph
     from iret.model import Iret
     from iret.output import Output, Trace
     from iret.runtime.cost import Shape
@@ -17,18 +18,21 @@ if TYPE_CHECKING:
     from iret.zoo import create_model, list_models, load
 
 _HOMES = {
+    "FixedCounts": "iret.fixed",
     "Iret": "iret.model",
     "Output": "iret.output",
     "Trace": "iret.output",
     "Shape": "iret.runtime.cost",
     "OperatingPoints": "iret.runtime.points",
     "Session": "iret.runtime.session",
+    "capture_graph": "iret.fixed",
     "create_model": "iret.zoo",
     "list_models": "iret.zoo",
     "load": "iret.zoo",
 }
 
 __all__ = [
+    "FixedCounts",
     "Iret",
     "OperatingPoints",
     "Output",
@@ -36,6 +40,7 @@ __all__ = [
     "Shape",
     "Trace",
     "__version__",
+    "capture_graph",
     "create_model",
     "list_models",
     "load",

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 
 from iret.doctor import describe_device
@@ -23,6 +24,7 @@ from iret.runtime.points import DeviceTable, OperatingPoints, Plan, Point
 from iret.runtime.timing import FORMATS, WARM_UP, Calls, clock_columns, estimate_point, fit
 
 TIME_LIMIT_S = 30.0  # for the milliseconds
+ENERGY_LIMIT_S = 20.0  # for the joules of all points, if three windows take no longer
 ENERGY_MARGIN = 1.2  # windows of this many times the meter's resolution
 
 Say = Callable[[str], None]
@@ -42,8 +44,10 @@ def measure_device(
 
     The milliseconds take `TIME_LIMIT_S`: where the least number of rounds would take longer, plans are left out evenly, down to
     the middle one of each point; their mean is that of all images (`mean_of_all`). The joules take a window of the meter a point
-    and one of the idle machine, whose power is taken off them, and are of the plans that ran. `meter` None: joules are estimated.
-    A meter that fails is named, and the estimate stands in for all points.
+    and one of the idle machine, whose power is taken off them, and are of the plans that ran. Where windows of all points would
+    take longer than `ENERGY_LIMIT_S`, some have one (`rows_to_measure`): a point between them draws a power between theirs, by
+    its MACs, for the time that it takes. `meter` None: joules are estimated. A meter that fails is named, and the estimate stands
+    in for all points.
 
     Raises:
         ValueError: points without plans.
@@ -60,14 +64,19 @@ def measure_device(
     work, rounds, round_s = fit(every_plan, len(points.points), TIME_LIMIT_S, wait)
     say(f"{len(points.points)} points, {len(work)} plans, {WARM_UP} + {rounds} rounds of {round_s:.1f} s")
     meter = meter or estimate_meter(model)
-    announce(meter, len(points.points), say)
+    rows = rows_to_measure(len(points.points), ENERGY_MARGIN * meter.resolution_s)
+    announce(meter, len(rows), say)
     samples = measure_latency(work, rounds=rounds, warm_up=WARM_UP, lead=1, synchronize=wait)
     ms_mean, ms_p50, ms_p95 = clock_columns(samples, points.points, model.shape)
     calls = [[call for (at, _), call in work.items() if at == row] for row in range(len(points.points))]
-    measured = measure_joules([(each, 1) for each in calls], meter, wait, say)
-    estimates = [estimate_point(model.shape, model.precision, point) for point in points.points]
-    joules, idle_w = measured or (estimates, 0.0)
-    source = meter if measured else estimate_meter(model)
+    measured = measure_joules([(calls[row], 1) for row in rows], meter, wait, say)
+    if measured:
+        source, (some, idle_w) = meter, measured
+        ms = [np.mean([samples[key].p50_ms for key in work if key[0] == row]) for row in range(len(calls))]
+        joules = between(rows, some, np.array(ms), np.array([point.macs_mean for point in points.points]))
+    else:
+        source, idle_w = estimate_meter(model), 0.0
+        joules = [estimate_point(model.shape, model.precision, point) for point in points.points]
     table = DeviceTable(
         device=describe_device(image.device, model.precision),
         ms_mean=ms_mean,
@@ -76,11 +85,29 @@ def measure_device(
         joules=tuple(joules),
         idle_watts=idle_w,
         energy_source=source.source,
-        energy_scope=source.scope,
+        energy_scope=source.scope
+        if not measured or len(rows) == len(calls)
+        else f"{source.scope}, at {len(rows)} points",
         energy_kind=source.kind,
         rounds=rounds,
     )
     return table, samples
+
+
+def rows_to_measure(count: int, window_s: float) -> list[int]:
+    """Of `count` points, dearest first, those that get a window: all if there is time, else the full run and an even spread."""
+    windows = max(3, int(ENERGY_LIMIT_S / window_s) if window_s else count)
+    return (
+        list(range(count))
+        if windows >= count
+        else [0, *np.linspace(1, count - 1, windows - 1).round().astype(int).tolist()]
+    )
+
+
+def between(rows: list[int], joules: list[float], ms: np.ndarray, macs: np.ndarray) -> list[float]:
+    """Joules of all points from those of some `rows`; power is interpolated by MACs. Dearest first."""
+    watts = np.interp(macs, macs[rows][::-1], (np.array(joules) / ms[rows])[::-1])
+    return (watts * ms).tolist()
 
 
 def announce(meter: EnergyMeter, count: int, say: Say) -> None:

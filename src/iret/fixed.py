@@ -147,8 +147,10 @@ def capture_graph(model: nn.Module, images: Float[Tensor, "B C Y X"]) -> Callabl
     be compiled is compiled now. The graph reads the weights where they are now: do not move them.
 
     Raises:
-        ValueError: images that are not on a CUDA device; later, images that do not fit the graph.
+        ValueError: under autocast, or images that are not on a CUDA device; later, images that do not fit the graph.
     """
+    if torch.is_autocast_enabled(images.device.type):  # the graph would read weights that autocast cast, and frees
+        raise ValueError("a CUDA graph is not captured under autocast; cast the model, as by model.to(torch.bfloat16).")
     if not images.is_cuda:
         raise ValueError(f"images are on {images.device}; a CUDA graph needs them, and the model, on a CUDA device.")
     given, graph, aside = images.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream(images.device)
