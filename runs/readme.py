@@ -14,6 +14,7 @@ TIMINGS = {
     "README.md": ("speed", "engines", "precision", "batch", "bundle"),
     "docs/export.md": ("load", "deadline"),
     "docs/serve.md": ("serve",),
+    "docs/gpu.md": ("gpu", "fixed-counts"),
 }
 
 
