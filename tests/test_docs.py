@@ -30,6 +30,16 @@ def test_the_python_of_the_readme_runs(monkeypatch) -> None:
         exec(compile(block, "README.md", "exec"), {})
 
 
+def test_the_python_of_the_gpu_page_runs_on_a_cpu_up_to_the_graph() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/gpu.md").read_text(), flags=re.DOTALL)
+    found: dict = {}
+    with torch.no_grad():
+        exec(compile(block.replace('"cuda"', '"cpu"').split("fast.compile()")[0], "docs/gpu.md", "exec"), found)
+        with pytest.raises(ValueError, match="images are on cpu"):
+            exec(compile("run = iret.capture_graph(fast, images)", "docs/gpu.md", "exec"), found)
+    assert "run = iret.capture_graph(fast, images)" in block
+
+
 @pytest.mark.graph
 def test_the_readme_s_bundle_is_written_and_its_python_runs(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
