@@ -5,9 +5,10 @@ operating points, as shares of its grid, and the stage after which they leave: a
 ratio, or every image at its own ("mixed"), drawn evenly, as when the requests of a server bring their budgets. These run in
 turn: the whole model; the packed run (`Iret.replay`, choosing included); its *ceiling*, the same layers at the same counts
 with nothing scored, chosen or gathered; the same run with the whole block padded to its longest image, those that left as
-well; and the packed run after `model.compile()`, against its own full run. What padding costs hangs on a batch's longest
-image, so the same ratio of MACs stands there for a hundred other batches drawn alike, too: mean, least and most; and some
-other mixed batches are timed, packed and padded in turn. Beside them a static ViT of DeiT-S shape, and peak memory by budget.
+well; the blocks of the later stages alone, where counts differ, packed and padded likewise; and the packed run after
+`model.compile()`, against its own full run. What padding costs hangs on a batch's longest image, so the same ratio of MACs
+stands there for a hundred other batches drawn alike, too: mean, least and most; and some other mixed batches are timed, packed
+and padded in turn. Beside them a static ViT of DeiT-S shape, and peak memory by budget.
 
     python benchmarks/batch.py --out results/...     takes some minutes; run it alone on the machine
 """
@@ -22,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,7 @@ import iret
 from iret import doctor
 from iret.measure.latency import Latency, measure_latency, pin_threads, ratio
 from iret.precision import prepare
-from iret.runtime.cost import full_macs, plan_macs
+from iret.runtime.cost import block_macs, full_macs, plan_macs
 from iret.runtime.points import Plan, Point
 from iret.tokens import Tokens
 from iret.train.data import name_of, open_data
@@ -46,6 +47,7 @@ from iret.zoo import load
 
 RATIOS = (1.5, 2.5, 4.0)
 PEAKS = 5  # processes: what the allocator keeps differs by tens of MiB
+OTHER_ROUNDS = 5  # of each of the further batches
 WANTED = 1.8  # times faster than padding
 DRAWS = 100  # other batches, to see what padding costs them: it hangs on a batch's longest image
 
@@ -105,6 +107,28 @@ def padding(model: iret.Iret, plans: list[Plan]) -> float:
     return float(mean_macs(model, [longest(plans)]) / mean_macs(model, plans))
 
 
+def packed_tokens(counts: Sequence[int], dim: int) -> Tokens:
+    """Noise in the place of the tokens of images that keep so many patches each, those with none left out."""
+    there = torch.tensor([count for count in counts if count])
+    cell = torch.cat([torch.arange(-1, count) for count in there.tolist()])
+    starts, is_even = F.pad((there + 1).cumsum(0), (1, 0)), bool((there == there[0]).all())
+    return Tokens(torch.randn(len(cell), dim), cell, starts, is_even, most=int(there.max()) + 1)
+
+
+def padded_tokens(x_TD: torch.Tensor, counts: Sequence[int]) -> Tokens:
+    """Dense tokens, as many an image as the longest has, under the mask of these counts."""
+    width = max(counts) + 1
+    live = torch.arange(width) <= torch.tensor(counts)[:, None]
+    starts = torch.arange(0, len(counts) * width + 1, width)
+    cell = torch.arange(-1, width - 1).repeat(len(counts))
+    return Tokens(x_TD, cell, starts, is_even=True, size_T=live.flatten().float())
+
+
+def counts_of(plans: list[Plan], stage: int) -> list[int]:
+    """Patches of each image in a stage, 0 of those that left before."""
+    return [plan.kept[stage] if stage < len(plan.kept) else 0 for plan in plans]
+
+
 @torch.inference_mode()
 def padded(model: iret.Iret, images: torch.Tensor, plans: list[Plan]) -> torch.Tensor:
     """The run at given counts with every image padded to the longest: dense blocks under a key mask, nothing chosen."""
@@ -112,13 +136,10 @@ def padded(model: iret.Iret, images: torch.Tensor, plans: list[Plan]) -> torch.T
     batch, cells = len(images), model.shape.num_patches
     for index, stage in enumerate(model.stages):
         if index:
-            counts = torch.tensor([plan.kept[index] if index < len(plan.kept) else 0 for plan in plans])
-            width = int(counts.max())
+            counts = counts_of(plans, index)
+            width = max(counts)
             x = tokens.x_TD.unflatten(0, (batch, -1))[:, : width + 1].flatten(0, 1)
-            live = torch.arange(width + 1) <= counts[:, None]
-            starts = torch.arange(0, batch * (width + 1) + 1, width + 1)
-            cell = torch.arange(-1, width).repeat(batch)
-            tokens = Tokens(x, cell, starts, is_even=True, size_T=live.flatten().float())
+            tokens = padded_tokens(x, counts)
             rows = (F.pad(torch.ones(batch, width, dtype=torch.bool), (1, 0))).flatten().nonzero().squeeze(1)
             level = model.shape.detail_level(index)
             details = model.lifting.details(patches.unflatten(0, (batch, cells))[:, :width].flatten(0, 1), level)
@@ -127,18 +148,32 @@ def padded(model: iret.Iret, images: torch.Tensor, plans: list[Plan]) -> torch.T
     return model.stages[-1].answer(tokens)
 
 
+def later_stages(model: iret.Iret, plans: list[Plan], *, is_padded: bool) -> Callable[[], object]:
+    """The blocks of all stages but the first, on noise in the place of their tokens."""
+    made = []
+    for index, dim in enumerate(model.shape.embed_dims[1:], start=1):
+        counts = counts_of(plans, index)
+        noise = torch.randn(len(counts) * (max(counts) + 1), dim)
+        made.append(padded_tokens(noise, counts) if is_padded else packed_tokens(counts, dim))
+    return lambda: [stage(tokens, is_scored=False) for stage, tokens in zip(model.stages[1:], made, strict=True)]
+
+
+def later_macs(model: iret.Iret, plans: list[Plan], *, is_padded: bool) -> int:
+    total = 0
+    for index, depth in enumerate(model.shape.depths[1:], start=1):
+        counts = counts_of(plans, index)
+        counts = [max(counts)] * len(counts) if is_padded else [count for count in counts if count]
+        total += depth * sum(block_macs(model.shape, index, count + 1) for count in counts)
+    return total
+
+
 def make_ceiling(model: iret.Iret, plans: list[Plan]) -> Callable[[torch.Tensor], torch.Tensor]:
     """The packed run at given counts without any choice: every stage is handed tokens of these counts that were made before."""
     made = []
     for index in range(1, len(model.stages)):
-        counts = torch.tensor([plan.kept[index] for plan in plans if index < len(plan.kept)])
-        cell = torch.cat([torch.arange(-1, count) for count in counts.tolist()])
-        starts = F.pad((counts + 1).cumsum(0), (1, 0))
-        is_even = bool((counts == counts[0]).all())
-        x = torch.randn(len(cell), model.shape.embed_dims[index - 1])
-        tokens = Tokens(x, cell, starts, is_even, most=int(counts.max()) + 1)
-        side = model.shape.patch_size
-        made.append((tokens, (cell >= 0).nonzero().squeeze(1), torch.randn(int(counts.sum()), 3, side, side)))
+        tokens = packed_tokens(counts_of(plans, index), model.shape.embed_dims[index - 1])
+        rows, side = (tokens.cell_T >= 0).nonzero().squeeze(1), model.shape.patch_size
+        made.append((tokens, rows, torch.randn(len(rows), 3, side, side)))
 
     @torch.inference_mode()
     def run(images: torch.Tensor) -> torch.Tensor:
@@ -169,19 +204,22 @@ def choosing_share(call: Callable[[], object], stopwatch: Stopwatch) -> float:
 
 def time_others(
     model: iret.Iret, images: torch.Tensor, batches: list[list[Plan]], point: Point
-) -> tuple[list[tuple[float, float]], dict[str, Latency]]:
-    """Of further batches, what padding costs on the clock and in MACs, and the samples."""
+) -> tuple[list[tuple[float, float, float]], dict[str, Latency]]:
+    """Of further batches, what padding costs on the clock, in MACs and on the clock of later stages, and the samples."""
     found, samples = [], {}
     for number, plans in enumerate(batches):
         work = {"packed": lambda plans=plans: model.replay(images, plans, point)}
         work["padded"] = lambda plans=plans: padded(model, images, plans)
-        timed = measure_latency(work, rounds=3, warm_up=1, lead=1)
-        found.append((timed["padded"].p50_ms / timed["packed"].p50_ms, padding(model, plans)))
+        for kind in ("packed", "padded"):
+            work[f"later stages, {kind}"] = later_stages(model, plans, is_padded=kind == "padded")
+        timed = measure_latency(work, rounds=OTHER_ROUNDS, warm_up=1, lead=1)
+        times = [ratio(timed[f"{part}padded"], timed[f"{part}packed"]).median for part in ("", "later stages, ")]
+        found.append((times[0], padding(model, plans), times[1]))
         samples |= {f"other mixed batch {number}, {name}": latency for name, latency in timed.items()}
     return found, samples
 
 
-def time_all(args: argparse.Namespace) -> tuple[list[dict], list[tuple[float, float]], dict[str, Latency]]:
+def time_all(args: argparse.Namespace) -> tuple[list[dict], list[tuple[float, float, float]], dict[str, Latency]]:
     torch.manual_seed(0)
     model, context = prepare(iret.create_model("iret_small").eval(), args.precision)
     rows, budgets = plans_of(args.counts, args.data, 8 * args.batch, model)
@@ -209,6 +247,8 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], list[tuple[float, fl
         work[f"packed {name}"] = lambda plans=plans: model.replay(images, plans, point)
         work[f"padded {name}"] = lambda plans=plans: padded(model, images, plans)
         work[f"ceiling {name}"] = partial(make_ceiling(model, plans), images)
+        for kind in ("packed", "padded"):
+            work[f"later stages, {kind} {name}"] = later_stages(model, plans, is_padded=kind == "padded")
         if can_compile:
             work[f"compiled {name}"] = lambda plans=plans: compiled.replay(images, plans, point)
         ratios |= dict.fromkeys(
@@ -225,6 +265,8 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], list[tuple[float, fl
         choosing = {name: choosing_share(call, stopwatch) for name, call in work.items() if name.startswith("packed")}
     found = []
     for name, latency in samples.items():
+        if name.startswith("later"):
+            continue
         speedup = ratio(samples["compiled full" if name.startswith("compiled") else "full"], latency)
         row = {"what": name, "mac_ratio": float(ratios[name]), "ms": latency.p50_ms, "speedup": speedup.median}
         row |= {"share": speedup.median / row["mac_ratio"], "counts": spread.get(name)}
@@ -234,6 +276,12 @@ def time_all(args: argparse.Namespace) -> tuple[list[dict], list[tuple[float, fl
             row["ceiling_over_packed"] = ratio(samples[name.replace("packed", "ceiling")], latency).median
             row["padded_over_packed"] = ratio(samples[other], latency).median
             row["macs_over_packed"] = float(ratios[name] / ratios[other])
+            later = [samples[f"later stages, {kind}"] for kind in (other, name)]
+            row["padded_over_packed_later"] = ratio(*later).median
+            plans = batches[name.removeprefix("packed ")]
+            row["macs_over_packed_later"] = later_macs(model, plans, is_padded=True) / later_macs(
+                model, plans, is_padded=False
+            )
             drawn = others[name.removeprefix("packed ")]
             row["macs_of_others"] = [statistics.mean(drawn), min(drawn), max(drawn)]
         found.append(row)
@@ -272,13 +320,17 @@ def command_of(args: argparse.Namespace) -> str:
     return " ".join(["python benchmarks/batch.py", *(f"--{name} {value}" for name, value in words.items())])
 
 
-def say_others(others: list[tuple[float, float]]) -> str:
-    times, macs = zip(*others, strict=True)
+def say_others(others: list[tuple[float, float, float]]) -> str:
+    times, macs, later = zip(*others, strict=True)
     return (
-        f"{len(others)} other mixed batches, timed: padded / packed {statistics.mean(times):.2f} ({min(times):.2f} to "
-        f"{max(times):.2f}), {WANTED} or more in {sum(each >= WANTED for each in times)}; in MACs {statistics.mean(macs):.2f} "
-        f"({min(macs):.2f} to {max(macs):.2f})."
+        f"{len(others)} other mixed batches, timed: padded / packed {_spread(times)}, in MACs {_spread(macs)}, later stages "
+        f"{_spread(later)}; {WANTED} or more in {sum(each >= WANTED for each in times)}, of later stages in "
+        f"{sum(each >= WANTED for each in later)}."
     )
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:
@@ -312,16 +364,17 @@ def main() -> None:
         f"{args.rounds} interleaved rounds.",
         "",
         "| what | MAC ratio | ms | times faster than full | share | ceiling / packed | padded / packed | in MACs "
-        "| of other batches | choosing |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| of other batches | padded / packed, later stages | in MACs | choosing |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(
             f"| {row['what']} | {row['mac_ratio']:.2f} | {row['ms']:.1f} | {row['speedup']:.2f} | {row['share']:.2f} | "
             + (
                 f"{row['ceiling_over_packed']:.2f} | {row['padded_over_packed']:.2f} | {row['macs_over_packed']:.2f} | "
                 f"{row['macs_of_others'][0]:.2f} ({row['macs_of_others'][1]:.2f} to {row['macs_of_others'][2]:.2f}) | "
+                f"{row['padded_over_packed_later']:.2f} | {row['macs_over_packed_later']:.2f} | "
                 f"{row['choosing']:.1%} |"
                 if "choosing" in row
-                else "| | | | |"
+                else "| | | | | | |"
             )
             for row in rows
         ),
