@@ -20,16 +20,15 @@ import torch
 from iret import doctor
 from iret.fixed import FixedCounts
 from iret.runtime.cost import full_macs
+from iret.runtime.points import BUDGETS
 from iret.train.data import make_loader, name_of, open_data
 from iret.zoo import load
 
-BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)
-
 
 @torch.inference_mode()
-def answers(model, data, max_images: int | None) -> tuple[np.ndarray, np.ndarray]:
+def answers(model, fixed: list[FixedCounts], data, max_images: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Whether each image was right, bool [2, budgets, B], by thresholds and at fixed counts; mean MACs by thresholds."""
-    fixed, right, macs, seen = [FixedCounts.at(model, budget) for budget in BUDGETS], [], [], 0
+    right, macs, seen = [], [], 0
     for pixels, labels, _ in make_loader(data, 200, seed=0, epoch=0, shuffle=False, workers=0, drop_last=False):
         images = model.normalise(pixels.float() / 255)
         runs = [model.run(images, budget=budget) for budget in BUDGETS]
@@ -50,10 +49,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     model = load(args.model)
-    right, macs = answers(model, open_data(args.data, "test", model.preprocessing), args.max_images)
+    every = [FixedCounts.at(model, budget) for budget in BUDGETS]
+    right, macs = answers(model, every, open_data(args.data, "test", model.preprocessing), args.max_images)
     full, rows = full_macs(model.shape), []
-    for index, budget in enumerate(BUDGETS):
-        fixed, difference = FixedCounts.at(model, budget), right[1, index].astype(float) - right[0, index]
+    for index, (budget, fixed) in enumerate(zip(BUDGETS, every, strict=True)):
+        difference = right[1, index].astype(float) - right[0, index]
         row = {
             "budget": budget,
             "kept": fixed.kept,
@@ -72,14 +72,14 @@ def main() -> None:
         writer.writerow(f"{kind} {budget:g}" for kind in ("thresholds", "fixed") for budget in BUDGETS)
         writer.writerows(right.reshape(-1, right.shape[2]).T.astype(int))
     lines = [
-        f"`{command}`: {right.shape[2]} test images; difference: fixed less thresholds, ± 1.96 standard errors, paired.",
+        f"`{command}`: {right.shape[2]} test images; difference: fixed less thresholds, +- 1.96 standard errors, paired.",
         "",
         "| budget | kept | MACs, thresholds | MACs, fixed | top-1, thresholds | top-1, fixed | difference |",
         "|---|---|---|---|---|---|---|",
         *(
             f"| {row['budget']:g} | {' / '.join(map(str, row['kept']))} | {row['thresholds_macs']:.1%} | "
             f"{row['fixed_macs']:.1%} | {row['thresholds_top1']:.2%} | {row['fixed_top1']:.2%} | "
-            f"{row['fixed_top1'] - row['thresholds_top1']:+.2%} ± {1.96 * row['standard_error']:.2%} |"
+            f"{row['fixed_top1'] - row['thresholds_top1']:+.2%} +- {1.96 * row['standard_error']:.2%} |"
             for row in rows
         ),
     ]

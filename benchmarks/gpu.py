@@ -4,7 +4,7 @@
 this grid), choosing included (`Iret.replay`), at the point that comes closest to the MAC ratio. `graph`: the same model at
 fixed counts (`FixedCounts`), those that the points of `--counts` keep in the mean at that share of the MACs, as one CUDA graph
 (`capture_graph`); `compiled graph`: compiled first. In turn with them run the full model in the same mode, a static ViT of
-DeiT-S shape, and for graphs the *ceiling*, the same layers at the same counts with nothing scored, chosen or gathered.
+DeiT-S shape, and for graphs the *ceiling*, the same layers at the same counts, nothing scored or chosen, no token gathered.
 Peak memory is that of one run, outside a graph, beyond weights and images.
 
     python benchmarks/gpu.py --out results/...        some minutes, most of them compiling; `--device cpu` rehearses it
@@ -13,6 +13,7 @@ Peak memory is that of one run, outside a graph, beyond weights and images.
 import argparse
 import csv
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle, islice
 from pathlib import Path
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 import iret
 from iret import doctor
 from iret.clock import synchronizer
-from iret.fixed import FixedCounts, capture_graph, counts_at, even
+from iret.fixed import FixedCounts, capture_graph, counts_at
 from iret.measure.latency import Latency, measure_latency, ratio
 from iret.runtime.cost import full_macs
 from iret.runtime.points import Plan, Point
+from iret.tokens import pack
 from iret.vit import VisionTransformer
 from iret.zoo import load
 
@@ -39,7 +41,7 @@ Calls = dict[str, Callable[[], object]]
 
 
 class Ceiling(nn.Module):
-    """The layers of `fixed` at its counts: the first patches, nothing scored, chosen or gathered."""
+    """The layers of `fixed` at its counts: the first patches, nothing scored or chosen, no token gathered."""
 
     def __init__(self, fixed: FixedCounts) -> None:
         super().__init__()
@@ -47,12 +49,11 @@ class Ceiling(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         stages = self.fixed.model.stages
-        tokens, place_BN, patches = self.fixed.embed(images)
+        tokens, patches = self.fixed.embed(images)
         for index, kept in enumerate(self.fixed.kept):
             tokens, _ = stages[index](tokens, is_scored=False)
-            place_BN = place_BN[:, : 1 + kept]
             x_BND = tokens.x_TD.unflatten(0, (len(images), -1))[:, : 1 + kept]
-            tokens = self.fixed.transit(index, even(x_BND, place_BN), place_BN, patches)
+            tokens = self.fixed.transit(index, pack(x_BND), patches)
         tokens, _ = stages[-1](tokens, is_scored=False)
         return stages[-1].answer(tokens)
 
@@ -101,11 +102,13 @@ def candidates(mode: str, batch: int, counts: str, device: str) -> tuple[Calls, 
             calls[f"{wanted:g}"] = lambda plans=plans: model.replay(images, plans, point)
             ratios[f"{wanted:g}"] = full / mean_macs(model, plans)
         return calls, ratios, calls
-    modules: dict[str, nn.Module] = {"full": FixedCounts(model, (model.shape.num_patches,) * 2), "DeiT-S shape": static}
+    everything = FixedCounts.at(model, 1.0)
+    modules: dict[str, nn.Module] = {"full": everything, "DeiT-S shape": static}
+    ratios["DeiT-S shape"] = everything.macs / vit_macs()
     for wanted in RATIOS:
         fixed = FixedCounts(model, counts_at(load(counts).points, model.shape, 1 / wanted))
         modules[f"{wanted:g}"] = fixed
-        ratios[f"{wanted:g}"] = ratios[f"{wanted:g} ceiling"] = full / fixed.macs
+        ratios[f"{wanted:g}"] = ratios[f"{wanted:g} ceiling"] = everything.macs / fixed.macs
         if mode == "graph":
             modules[f"{wanted:g} ceiling"] = Ceiling(fixed)
     if mode == "compiled graph":
@@ -175,9 +178,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    sizes = " ".join(map(str, args.batch))
-    command = f"python benchmarks/gpu.py --counts {Path(args.counts).name} --batch {sizes} --rounds {args.rounds}"
-    command += f" --device {args.device}"
+    words = {"counts": [Path(args.counts).name], "batch": args.batch, "modes": args.modes, "rounds": [args.rounds]}
+    words["device"] = [args.device]
+    command = " ".join(f"--{name} {shlex.join(map(str, values))}" for name, values in words.items())
+    command = f"python benchmarks/gpu.py {command}"
     measured: list[tuple[dict, Latency]] = []
     for found in measure(args):
         measured += found

@@ -9,7 +9,7 @@ import torch
 
 import iret
 from iret import clock
-from iret.clock import between, estimate_image, measure_device, measure_joules, rows_to_measure
+from iret.clock import estimate_image, interpolate_joules, measure_device, measure_joules, rows_to_measure
 from iret.doctor import describe_device
 from iret.measure.energy import EnergyError, EnergyMeter
 from iret.measure.estimate import HOROWITZ, EstimateMeter
@@ -123,7 +123,13 @@ def test_a_slow_meter_is_asked_for_some_points_and_power_is_interpolated_between
     assert rows_to_measure(2, 360.0) == [0, 1]
     # 1, 2 and 4 W where they were asked; between the last two 3 W, at half their MACs
     ms, macs = np.array([10.0, 8.0, 7.0, 3.0]), np.array([100.0, 90.0, 60.0, 30.0])
-    assert between([0, 1, 3], [10.0, 16.0, 12.0], ms, macs) == pytest.approx([10.0, 16.0, 21.0, 12.0])
+    assert interpolate_joules([0, 1, 3], [10.0, 16.0, 12.0], ms, macs) == pytest.approx([10.0, 16.0, 21.0, 12.0])
+    assert interpolate_joules([0, 1, 2, 3], [1.0, 9.0, 2.0, 8.0], ms, np.array([9.0, 9.0, 9.0, 3.0])) == [
+        1.0,
+        9.0,
+        2.0,
+        8.0,
+    ]
 
     model, meter, said = make_model(), FakeMeter(), []
     first, last = model.points.points

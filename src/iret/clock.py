@@ -73,7 +73,7 @@ def measure_device(
     if measured:
         source, (some, idle_w) = meter, measured
         ms = [np.mean([samples[key].p50_ms for key in work if key[0] == row]) for row in range(len(calls))]
-        joules = between(rows, some, np.array(ms), np.array([point.macs_mean for point in points.points]))
+        joules = interpolate_joules(rows, some, np.array(ms), np.array([point.macs_mean for point in points.points]))
     else:
         source, idle_w = estimate_meter(model), 0.0
         joules = [estimate_point(model.shape, model.precision, point) for point in points.points]
@@ -96,18 +96,19 @@ def measure_device(
 
 def rows_to_measure(count: int, window_s: float) -> list[int]:
     """Of `count` points, dearest first, those that get a window: all if there is time, else the full run and an even spread."""
-    windows = max(3, int(ENERGY_LIMIT_S / window_s) if window_s else count)
-    return (
-        list(range(count))
-        if windows >= count
-        else [0, *np.linspace(1, count - 1, windows - 1).round().astype(int).tolist()]
-    )
+    if count <= 3 or count * window_s <= ENERGY_LIMIT_S:
+        return list(range(count))
+    # The full run neither scores nor gathers, so power may leap from it to the next point, and both are asked.
+    spread = np.linspace(1, count - 1, max(2, int(ENERGY_LIMIT_S / window_s) - 1))
+    return [0, *spread.round().astype(int).tolist()]
 
 
-def between(rows: list[int], joules: list[float], ms: np.ndarray, macs: np.ndarray) -> list[float]:
-    """Joules of all points from those of some `rows`; power is interpolated by MACs. Dearest first."""
+def interpolate_joules(rows: list[int], joules: list[float], ms: np.ndarray, macs: np.ndarray) -> list[float]:
+    """Joules of all points, dearest first, from those of some `rows`: elsewhere power is a straight line in MACs between them."""
     watts = np.interp(macs, macs[rows][::-1], (np.array(joules) / ms[rows])[::-1])
-    return (watts * ms).tolist()
+    found = watts * ms
+    found[rows] = joules
+    return found.tolist()
 
 
 def announce(meter: EnergyMeter, count: int, say: Say) -> None:
@@ -125,7 +126,7 @@ def measure_joules(
 ) -> tuple[list[float], float] | None:
     """Net joules an image of each piece of work, and the idle power in W that was taken off its gross reading.
 
-    None where `meter` is an estimate, or any window of it fails, which is said: joules of one table are never measured in part.
+    None where `meter` is an estimate, or any window of it fails, which is said: no table has estimates beside measurements.
     """
     if meter.kind == "estimated":
         return None

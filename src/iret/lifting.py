@@ -266,6 +266,17 @@ class Lifting(Remembering):
             patches = finer.coarse(patches)
         return self.levels[level - 1](patches)[1]
 
+    def matrix(self, level: int | None = None) -> Float[Tensor, "pixels band"]:
+        """What linear lifting makes of one channel of a patch: the details of `level`, or None: the coarsest band.
+
+        More MACs than step by step, in one product in place of many tiny ones.
+        """
+        half = self.get_buffer("levels.0.width.half_eye")
+        side = 2 * len(half)
+        with torch.inference_mode(False), torch.no_grad():  # of use in any mode
+            units = torch.eye(side**2, dtype=half.dtype, device=half.device).view(-1, 1, side, side)
+            return (self.coarse(units) if level is None else self.details(units, level)).flatten(1)
+
     def inverse(self, coarsest: Float[Tensor, "T C p p"], details: list[Tensor]) -> Float[Tensor, "T C P P"]:
         """The patches again, from the coarsest band and the details of levels 1, 2, ..."""
         x = coarsest

@@ -317,8 +317,11 @@ class Iret(Classifier):
     def _embed(self, images: Tensor) -> tuple[Tokens, Tensor]:
         """Stage-1 tokens from the coarse bands, and the patches that details are read from."""
         patches = self._patches(images)
-        x = self.patch_embed(self.lifting.coarse(patches).flatten(1)).unflatten(0, (len(images), -1))
-        return pack(F.pad(x, (0, 0, 1, 0)) + self.pos_embed), patches
+        return self._first_tokens(self.lifting.coarse(patches).flatten(1), len(images)), patches
+
+    def _first_tokens(self, bands: Float[Tensor, "cells band"], batch: int) -> Tokens:
+        x_BND = F.pad(self.patch_embed(bands).unflatten(0, (batch, -1)), (0, 0, 1, 0))
+        return pack(x_BND + self.pos_embed)
 
     def _transit(
         self, stage: int, tokens: Tokens, patches: Tensor, layout: Layout, refined_T: Bool[np.ndarray, " T"] | None

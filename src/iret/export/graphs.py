@@ -11,8 +11,6 @@ no graph has an empty axis. Only plain gathers are used.
 Read first: `blocks`. What engines cannot do: docs/export.md.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +39,7 @@ class Coarse(nn.Module):
         self.in_chans, self.patch_size = shape.in_chans, shape.patch_size
         self.is_linear = isinstance(lifting.levels[0], LinearLifting2d)
         if self.is_linear:
-            kernel = _matrix(lifting.coarse, shape).t().contiguous()
+            kernel = lifting.matrix().t().contiguous()
             self.register_buffer("kernel", kernel.unflatten(1, (1, shape.patch_size, -1)))
         else:
             self.lifting = lifting
@@ -54,31 +52,21 @@ class Coarse(nn.Module):
         return bands.permute(3, 4, 0, 1, 2).flatten(3).flatten(0, 2)
 
 
-class Lift(nn.Module):
-    """What lifting makes of patches, flat: details of one level, or the coarsest band. Of linear steps by one fixed matrix."""
+class Details(nn.Module):
+    """The details that one level of lifting finds in patches, flat; of linear steps by one fixed matrix, as `Coarse`."""
 
-    def __init__(self, lifting: Lifting, shape: Shape, level: int | None = None) -> None:
-        """`level` None: the coarsest band."""
+    def __init__(self, lifting: Lifting, level: int) -> None:
         super().__init__()
         self.level, self.is_linear = level, isinstance(lifting.levels[0], LinearLifting2d)
         if self.is_linear:
-            self.register_buffer("matrix", _matrix(partial(self.lift, lifting), shape))
+            self.register_buffer("matrix", lifting.matrix(level))
         else:
             self.lifting = lifting
 
-    def lift(self, lifting: Lifting, patches: Tensor) -> Tensor:
-        return lifting.coarse(patches) if self.level is None else lifting.details(patches, self.level)
-
     def forward(self, patches: Float[Tensor, "K C P P"]) -> Float[Tensor, "K band"]:
-        if self.is_linear:
-            return (patches.flatten(2) @ self.matrix).flatten(1)
-        return self.lift(self.lifting, patches).flatten(1)
-
-
-def _matrix(lift: Callable[[Tensor], Tensor], shape: Shape) -> Float[Tensor, "pixels band"]:
-    """What linear `lift` makes of one channel of a patch."""
-    with torch.no_grad():
-        return lift(torch.eye(shape.patch_size**2).view(-1, 1, shape.patch_size, shape.patch_size)).flatten(1)
+        if not self.is_linear:
+            return self.lifting.details(patches, self.level).flatten(1)
+        return (patches.flatten(2) @ self.matrix).flatten(1)
 
 
 def patches_of(images: Float[Tensor, "B C Y X"], side: int) -> Float[Tensor, "K C P P"]:
@@ -132,7 +120,7 @@ class LaterStage(StageGraph):
     def __init__(self, model: Iret, index: int, *, is_convolved: bool = False) -> None:
         super().__init__(model, index, is_convolved=is_convolved)
         self.transition = model.transitions[index - 1]
-        self.details = Lift(model.lifting, model.shape, model.shape.detail_level(index))
+        self.details = Details(model.lifting, model.shape.detail_level(index))
 
     def transit(
         self, x: Float[Tensor, "NB D"], place: Int[Tensor, " NB"], pixels: Tensor, source: Int[Tensor, " NB"]

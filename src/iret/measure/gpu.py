@@ -2,7 +2,8 @@
 
 NVML counts a board's millijoules since the driver was loaded on Volta and later; on older boards its watts are sampled. Boards
 are numbered as nvidia-smi does, which CUDA_VISIBLE_DEVICES and CUDA's own order may not follow, and a board's MIG slices are
-not told apart. Call `torch.cuda.synchronize()` before both ends of a window. Tested with a stand-in for each library.
+not told apart. Call `torch.cuda.synchronize()` before both ends of a window. Tested with a stand-in for each library; NVML was
+read on one board too (docs/energy.md).
 """
 
 import time

@@ -223,6 +223,8 @@ def do_bench(args: argparse.Namespace) -> int:
             models, args.budgets, args.batch, rounds=args.rounds, seed=args.seed, meter=meter, say=say
         )
     say(f"{place}; {pinning.note}")
+    if device.startswith("cuda"):
+        say("thresholds make a GPU wait for the host at every transition; iret.FixedCounts does not: docs/gpu.md")
     if args.out:
         save(Path(args.out), shlex.join(["iret", *args.words]), rows, samples)
     if args.json:
