@@ -147,8 +147,9 @@ def test_made_in_inference_mode_it_is_of_use_outside():
     assert images.grad.abs().max() > 0
 
 
-def test_it_keeps_the_mode_and_the_weights_of_its_model():
-    model = make_model(lifting="dawn")
+@pytest.mark.parametrize("lifting", ["linear", "dawn"])
+def test_it_keeps_the_mode_and_the_weights_of_its_model(lifting):
+    model = make_model(lifting=lifting)
     assert not FixedCounts(model, (9, 6)).training and FixedCounts(model.train(), (9, 6)).training
     assert set(FixedCounts(model, (9, 6)).state_dict()) == {f"model.{name}" for name in model.state_dict()}
 
