@@ -74,8 +74,9 @@ def measure_device(
         source, (some, idle_w) = meter, measured
         ms = [np.mean([samples[key].p50_ms for key in work if key[0] == row]) for row in range(len(calls))]
         joules = interpolate_joules(rows, some, np.array(ms), np.array([point.macs_mean for point in points.points]))
+        scope = "" if len(rows) == len(calls) else f", at {len(rows)} points"
     else:
-        source, idle_w = estimate_meter(model), 0.0
+        source, idle_w, scope = estimate_meter(model), 0.0, ""
         joules = [estimate_point(model.shape, model.precision, point) for point in points.points]
     table = DeviceTable(
         device=describe_device(image.device, model.precision),
@@ -85,9 +86,7 @@ def measure_device(
         joules=tuple(joules),
         idle_watts=idle_w,
         energy_source=source.source,
-        energy_scope=source.scope
-        if not measured or len(rows) == len(calls)
-        else f"{source.scope}, at {len(rows)} points",
+        energy_scope=source.scope + scope,
         energy_kind=source.kind,
         rounds=rounds,
     )
