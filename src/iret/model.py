@@ -104,10 +104,7 @@ class Transition(nn.Module):
         extra = self.detail_embed(self.detail_norm(details.flatten(1))).to(x.dtype)
         if rows is None:
             each = len(details) // tokens.batch_size
-            if tokens.batch_size == 1:  # what follows, in fewer steps
-                x[1 : 1 + each] += extra
-            else:
-                x.unflatten(0, (tokens.batch_size, -1))[:, 1 : 1 + each] += extra.unflatten(0, (-1, each))
+            x.unflatten(0, (tokens.batch_size, -1))[:, 1 : 1 + each] += extra.unflatten(0, (-1, each))
         else:
             x.index_add_(0, rows, extra)
         return tokens.with_x(x)
