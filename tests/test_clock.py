@@ -184,7 +184,7 @@ def test_the_estimate_is_arithmetic_and_memory():
     for point in model.points.points:
         plan, scored = point.plans[0], bool(np.any(point.thresholds))
         macs = plan_macs(model.shape, plan.kept, plan.refined, scored=scored)
-        moved = numbers_moved(model.shape, plan.kept, plan.refined)
+        moved = numbers_moved(model.shape, plan.kept, plan.refined, scored=scored)
         wanted = macs * HOROWITZ["fp32"].mac_j + 4 * moved * HOROWITZ["fp32"].byte_j
         assert math.isclose(estimate_image(model, point, plan), wanted)
 
@@ -193,6 +193,6 @@ def test_the_estimate_in_int8_spares_the_products_and_weights_of_blocks_alone():
     model = make_model()
     point = model.points.points[1]
     (plan, _), fp32, int8 = point.plans, HOROWITZ["fp32"], HOROWITZ["int8"]
-    weights, products = block_linears(model.shape, plan.kept)
+    weights, products = block_linears(model.shape, plan.kept, scored=bool(np.any(point.thresholds)))
     spared = products * (fp32.mac_j - int8.mac_j) + weights * (4 - 1) * fp32.byte_j
     assert math.isclose(estimate_image(to_int8(model), point, plan), estimate_image(model, point, plan) - spared)

@@ -70,17 +70,15 @@ def make_point(model: Iret, budget: float) -> Point:
             )
         return min(with_plans, key=lambda point: abs(point.macs_mean / model.points.full_macs - budget))
     shape, full = model.shape, full_macs(model.shape)
-    least = shape.min_keep / shape.num_patches
-    low, high = least, 1.0
+    low, high = shape.min_keep / shape.num_patches, 1.0
+    least = _uniform(model, low).macs_mean
+    if least > 1.02 * budget * full:
+        raise ValueError(f"budget={budget:g} is below what this model can do, {least / full:.3f} of its MACs.")
     for _ in range(30):  # the share kept at each transition, by bisection: MACs rise with it
         middle = (low + high) / 2
         low, high = (middle, high) if _uniform(model, middle).macs_mean < budget * full else (low, middle)
-    point = _uniform(model, high if budget < 1 else 1.0)
-    if point.macs_mean > 1.02 * budget * full:
-        raise ValueError(
-            f"budget={budget:g} is below what this model can do, {point.macs_mean / full:.3f} of its MACs."
-        )
-    return point
+    both = (_uniform(model, share if budget < 1 else 1.0) for share in (low, high))
+    return min(both, key=lambda point: abs(point.macs_mean / full - budget))
 
 
 def _uniform(model: Iret, share: float) -> Point:

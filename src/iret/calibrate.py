@@ -30,7 +30,7 @@ from iret.clock import Say
 from iret.evaluate import check_classes
 from iret.model import Iret
 from iret.output import Output
-from iret.runtime.cost import full_macs, macs
+from iret.runtime.cost import coefficients, full_macs, macs
 from iret.runtime.points import OperatingPoints, Plan, Point, frontier
 from iret.train.data import ImageData, make_loader
 from iret.weights import to_safetensors, write_atomically
@@ -109,7 +109,8 @@ def fingerprint(model: Iret, batches: Sequence[tuple[Tensor, Tensor]]) -> str:
     Search files with another are not believed.
     """
     digest = hashlib.sha256(to_safetensors(model.state_dict()))
-    digest.update(json.dumps([asdict(model.shape), model.attention, model.preprocessing.to_dict()]).encode())
+    costs = coefficients(model.shape, scored=True)  # of another version of iret, perhaps others
+    digest.update(json.dumps([asdict(model.shape), costs, model.attention, model.preprocessing.to_dict()]).encode())
     for batch in batches:
         for part in batch:
             digest.update(part.numpy().tobytes())

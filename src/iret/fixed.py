@@ -104,12 +104,13 @@ class FixedCounts(nn.Module):
         tokens, patches = self.embed(images)
         for index, (kept, refined) in enumerate(zip(self.kept, self.refined, strict=True)):
             live = tokens.width - 1
-            tokens, received = stages[index](tokens, is_scored=min(kept, refined) < live)
+            is_scored = min(kept, refined) < live
+            tokens, received = stages[index](tokens, is_scored)
             if received is not None:
-                tokens = keep_best(tokens, received, kept)
+                tokens, _ = stages[index](keep_best(tokens, received, kept), is_scored, is_rest=True)
             tokens = self.transit(index, tokens, patches)
         tokens, _ = stages[-1](tokens, is_scored=False)
-        return stages[-1].answer(tokens)
+        return stages[-1].answer(tokens, is_scored=False)
 
     def compile(self, *args, fullgraph: bool = True, dynamic: bool | None = False, **kwargs) -> None:
         """Compile all of it in place, with the options of `torch.compile`.
@@ -264,11 +265,12 @@ def fixed_macs(shape: Shape, kept: Sequence[int], refined: Sequence[int]) -> int
     Linear details are one product from a patch's pixels, which is more than step by step.
     """
     live, last = (shape.num_patches, *kept), len(shape.depths) - 1
-    total = 0
+    total, left_rest = 0, False
     for stage, here in enumerate(live):
         scored = stage < last and min(kept[stage], refined[stage]) < here
         again = refined[stage - 1] if stage else 0
-        total += int(stage_macs(shape, stage, here, again, scored=scored, head=stage == last))
+        total += int(stage_macs(shape, stage, here, again, scored=scored, has_rest=left_rest, head=stage == last))
+        left_rest = scored
         if stage and shape.lifting != "dawn":
             level = shape.detail_level(stage)
             product = 3 * shape.in_chans * shape.patch_size**2 * shape.side(level) ** 2

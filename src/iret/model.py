@@ -60,19 +60,27 @@ class Stage(nn.Module):
         self.head = nn.Linear(dim, shape.num_classes) if shape.num_classes else nn.Identity()
         self.register_buffer("head_shares", head_shares(self.num_scored, heads), persistent=False)
 
-    def forward(self, tokens: Tokens, is_scored: bool) -> tuple[Tokens, Float[Tensor, " T"] | None]:
-        """The tokens after all blocks and, if scored, the attention each patch received in the last of them."""
+    def forward(
+        self, tokens: Tokens, is_scored: bool, is_rest: bool = False
+    ) -> tuple[Tokens, Float[Tensor, " T"] | None]:
+        """After all blocks, and, if scored, what attention patches received; the last MLP is then the rest, for those that stay."""
+        if is_rest:
+            return tokens.with_x(self.blocks[-1].think(tokens.x_TD, tokens)), None
         is_dense = tokens.is_even and tokens.size_T is None
         x = tokens.x_TD.unflatten(0, (tokens.batch_size, -1)) if is_dense else tokens.x_TD
         found, unscored = [], len(self.blocks) - self.num_scored if is_scored else len(self.blocks)
         for place, block in enumerate(self.blocks):
-            x, evidence = block(x, None if is_dense else tokens, None if place < unscored else self.importance)
+            step = block.attend if is_scored and block is self.blocks[-1] else block
+            x, evidence = step(x, None if is_dense else tokens, None if place < unscored else self.importance)
             if evidence is not None:
                 found.append(evidence.logits)
         return tokens.with_x(x.flatten(0, -2)), receive(found, tokens, self.head_shares) if found else None
 
-    def answer(self, tokens: Tokens) -> Float[Tensor, "B classes"]:
+    def answer(self, tokens: Tokens, is_scored: bool) -> Float[Tensor, "B classes"]:
+        """`is_scored`: the tokens were, and class tokens still need the rest."""
         first_BD = tokens.x_TD[:1] if tokens.batch_size == 1 else tokens.x_TD[tokens.starts[:-1]]
+        if is_scored:
+            first_BD = self.blocks[-1].think(first_BD[:, None], None)[:, 0]
         return self.head(self.norm(first_BD))
 
 
@@ -176,11 +184,8 @@ class Iret(Classifier):
         if not isinstance(budget, (list, tuple, np.ndarray, Tensor)):
             raise ValueError(f"budget={budget!r} must be one number, or one an image.")
         try:
-            budget = (
-                budget
-                if isinstance(budget, Tensor)
-                else torch.from_numpy(np.array(budget, dtype=np.float64, order="C"))
-            )
+            if not isinstance(budget, Tensor):
+                budget = torch.from_numpy(np.array(budget, dtype=np.float64, order="C"))
         except (TypeError, ValueError) as error:
             raise ValueError(f"budget={budget!r} must be one number, or one an image.") from error
         if budget.shape != (batch,):
@@ -274,11 +279,12 @@ class Iret(Classifier):
             self._check_numbers(images, tokens.x_TD)
         for index, stage in enumerate(self.stages):
             is_last = index == len(self.stages) - 1
+            is_scored = drops and not is_last
             if index:
                 tokens = self._transit(index, tokens, patches, layout, refined_T)
-            tokens, received = stage(tokens, is_scored=drops and not is_last)
+            tokens, received = stage(tokens, is_scored)
             if record is not None or is_last:
-                answers = stage.answer(tokens).float()
+                answers = stage.answer(tokens, is_scored).float()
             if record is not None:
                 record.add(index, layout, refined_T, answers)
             if is_last:
@@ -301,6 +307,7 @@ class Iret(Classifier):
                     record.see(index, layout, importance_T, strengths)
                 choice = choose(importance_T, layout, strengths[:, index], rule, self.shape.min_keep)
                 tokens, layout, refined_T = select(tokens, layout, choice, masked)
+                tokens, _ = stage(tokens, is_scored, is_rest=True)
         return answers
 
     def replay(self, images: Float[Tensor, "B C Y X"], plans: Sequence[Plan], point: Point) -> Tensor:

@@ -98,9 +98,19 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None = None, importance: str | None = None
     ) -> tuple[Float[Tensor, "*tokens D"], Evidence | None]:
+        x, evidence = self.attend(x, tokens, importance)
+        return self.think(x, tokens), evidence
+
+    def attend(
+        self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None, importance: str | None
+    ) -> tuple[Float[Tensor, "*tokens D"], Evidence | None]:
+        """The first half, in which tokens see each other."""
         update, evidence = self.attn(self.norm1(x), tokens, importance)
-        x = x + self.drop_path(update, tokens)
-        return x + self.drop_path(self.mlp(self.norm2(x)), tokens), evidence
+        return x + self.drop_path(update, tokens), evidence
+
+    def think(self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None) -> Float[Tensor, "*tokens D"]:
+        """The second half, each token by itself."""
+        return x + self.drop_path(self.mlp(self.norm2(x)), tokens)
 
 
 class PatchEmbed(nn.Module):

@@ -157,7 +157,7 @@ def test_a_bundle_of_an_older_format_is_replaced(traced, tmp_path, monkeypatch):
     (folder / "stage_0.onnx").touch()
     (folder / FILE_NAME).write_text(json.dumps({"format": 1, "checksums": {"stage_0.onnx": "0"}}))
     with pytest.raises(
-        ValueError, match="has format 1; this version of iret reads bundles of format 2: export the model again"
+        ValueError, match="has format 1; this version of iret reads bundles of format 4: export the model again"
     ):
         Session(folder)
     bundle, _ = export(make_model(), folder)

@@ -204,7 +204,7 @@ const scenarios = {
       return said.at(-1).error;
     };
     const caches = new Set();
-    const bundle = { format: 2, kind: "onnx", stages: [[{ file: "stage_0.onnx", tokens: null }]] };
+    const bundle = { format: 4, kind: "onnx", stages: [[{ file: "stage_0.onnx", tokens: null }]] };
     const breaking = () => new Response(new ReadableStream({ pull: (pipe) => pipe.error(new TypeError("network error")) }));
     return {
       offline: await open(async () => Promise.reject(new TypeError("Failed to fetch"))),

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from iret.model import Iret
+from iret.output import Output
 from iret.presets import iret_pico, iret_small, iret_tiny
 from iret.runtime.cost import (
     IMPORTANCES,
@@ -22,7 +23,10 @@ from iret.runtime.cost import (
     detail_macs,
     full_macs,
     macs,
+    mlp_macs,
     numbers_moved,
+    plan_macs,
+    scoring_macs,
 )
 
 
@@ -57,10 +61,9 @@ def counted(function, *args, **options) -> tuple[int, object]:
 
 
 def table_gmacs(shape: Shape, *kept: int) -> float:
-    """GMACs at the given counts without the lifting, two decimals."""
-    counts = np.array(kept)[:, None]
+    """GMACs at the given counts without the lifting, two decimals; blocks whole, as the table has them."""
     lifting = kept[0] * coarse_macs(shape) + kept[1] * detail_macs(shape, 2) + kept[2] * detail_macs(shape, 1)
-    return round((int(macs(shape, counts, counts, scored=True)[0]) - lifting) / 1e9, 2)
+    return round((plan_macs(shape, kept, kept, scored=False) - lifting) / 1e9, 2)
 
 
 # ---- by hand
@@ -77,9 +80,10 @@ def test_the_full_model_by_hand():
 
 
 def test_a_pruned_run_by_hand():
-    # One patch kept, none refined; both heads answer; the class token scores two patches in one block of width 2.
-    before = 2 * COARSE + 4 + 180 + 2 * 3 + 2 * 2
-    after = 2 * 2 * 4 + (12 * 2 * 4**2 + 2 * 2**2 * 4) + 4 * 3
+    # One patch kept, none refined; both heads answer; the class token scores two patches in one block of width 2, whose MLP
+    # the head needs for the class token and the next stage for the two tokens that stay.
+    before = 2 * COARSE + 4 + (180 - 8 * 3 * 2**2) + 2 * 3 + 2 * 2 + 8 * 2**2
+    after = 8 * 2 * 2**2 + 2 * 2 * 4 + (12 * 2 * 4**2 + 2 * 2**2 * 4) + 4 * 3
     assert macs(by_hand_shape(), [[2], [1]], [[0], [0]], scored=True).tolist() == [before + after]
 
 
@@ -104,7 +108,7 @@ def test_dawn_lifting_by_hand():
 def test_an_image_that_leaves_early_pays_for_what_it_ran():
     counts = np.array([[2, 2], [0, 1]])
     spent = macs(by_hand_shape(), counts, counts, scored=True, stages_run=np.array([1, 2]))
-    assert spent[0] == 2 * COARSE + 4 + 180 + 2 * 3 + 2 * 2
+    assert spent[0] == 2 * COARSE + 4 + (180 - 8 * 2 * 2**2) + 2 * 3 + 2 * 2  # its patches pass no MLP
     assert spent[1] == macs(by_hand_shape(), [[2], [1]], [[2], [1]], scored=True)[0]
     assert spent.dtype == np.int64
 
@@ -165,6 +169,16 @@ def test_a_batch_costs_what_its_images_cost_alone():
     assert together.macs.dtype == torch.int64
 
 
+def test_the_last_mlp_of_a_stage_is_spared_for_what_is_dropped():
+    shape = small_shape()
+    kept = (24, 10, 3)
+    whole, spared = (plan_macs(shape, kept, kept, scored=flag) for flag in (False, True))
+    scoring = sum(int(scoring_macs(shape, stage, kept[stage] + 1)) for stage in range(2))
+    heads = sum(int(mlp_macs(shape, stage, 1)) for stage in range(2))
+    dropped = sum(int(mlp_macs(shape, stage, kept[stage] - kept[stage + 1])) for stage in range(2))
+    assert spared == whole + scoring + heads - dropped
+
+
 def test_another_mlp_ratio_and_number_of_scored_blocks_equal_the_counter():
     model = opinionated(small_shape(mlp_ratio=2, scored_blocks=3))
     count, out = counted(model.run, torch.randn(1, 3, 32, 48), 1.0)
@@ -174,51 +188,58 @@ def test_another_mlp_ratio_and_number_of_scored_blocks_equal_the_counter():
 # ---- numbers moved
 
 
-def moved_by(model: Iret, image: torch.Tensor) -> int:
-    """Weights, inputs and outputs of all linear layers in a run that keeps everything, as hooks see them.
+def moved_by(model: Iret, image: torch.Tensor, thresholds: float, exit_confidence: float) -> tuple[int, Output]:
+    """Weights, inputs and outputs of all linear layers in a run that refines all it keeps, as hooks see them; weights once.
 
     The layers that embed a lifted band count the pixels that the lifting read in place of the band.
     """
-    pixels = image.numel()
+    cell, weights = model.shape.in_chans * model.shape.patch_size**2, set()
     lifted = {model.patch_embed, *(transition.detail_embed for transition in model.transitions)}
     moved = sum(parameter.numel() for parameter in model.lifting.parameters())
 
     def note(layer, args, out):
         nonlocal moved
-        moved += layer.weight.numel() + (pixels if layer in lifted else args[0].numel()) + out.numel()
+        weights.add(layer.weight)
+        moved += (len(args[0]) * cell if layer in lifted else args[0].numel()) + out.numel()
 
     for part in model.modules():
         if isinstance(part, torch.nn.Linear):
             part.register_forward_hook(note)
     with torch.no_grad():
-        model.run(image)
-    return moved
+        out = model.run(image, thresholds, exit_confidence)
+    return moved + sum(map(torch.numel, weights)), out
 
 
 @pytest.mark.parametrize("options", [*({"lifting": each} for each in LIFTINGS), dict(mlp_ratio=2, img_size=(16, 64))])
-def test_numbers_moved_are_what_hooks_on_every_linear_layer_see(options):
+@pytest.mark.parametrize(("thresholds", "confidence", "stages"), [(0.0, 1.1, 3), (1.0, 1.1, 3), (1.0, 0.0, 1)])
+def test_numbers_moved_are_what_hooks_on_every_linear_layer_see(options, thresholds, confidence, stages):
     shape = small_shape(**options)
-    every = (shape.num_patches,) * 3
-    assert numbers_moved(shape, every, (0, *every[1:])) == moved_by(
-        Iret(shape).eval(), torch.randn(1, 3, *shape.img_size)
-    )
+    moved, out = moved_by(opinionated(shape), torch.randn(1, 3, *shape.img_size), thresholds, confidence)
+    kept, refined = (grid[:stages].sum((1, 2, 3)).tolist() for grid in (out.trace.kept, out.trace.refined))
+    assert out.trace.exit_stage.item() == stages - 1
+    assert numbers_moved(shape, kept, refined, scored=bool(thresholds)) == moved
 
 
 def test_numbers_moved_by_hand():
     shape = small_shape(depths=(1, 2, 2), num_classes=2)
     embed = 12 * 2 + 3 * 2**2 * 16 + 24 * (3 * 8**2 + 16)
     first = 12 * 16**2 + 16 * 25 * 16 + (16 * 2 + 16 + 2)
-    assert numbers_moved(shape, (24,)) == embed + first
+    assert numbers_moved(shape, (24,), scored=False) == embed + first
     second = 2 * (12 * 32**2 + 16 * 9 * 32) + (32 * 2 + 32 + 2)
     between = (16 + 9 * 2**2) * 32 + 9 * (16 + 32) + 5 * (3 * 8**2 + 32)  # 8 kept, 5 of them refined
-    assert numbers_moved(shape, (24, 8), (0, 5)) == embed + first + between + second
+    assert numbers_moved(shape, (24, 8), (0, 5), scored=False) == embed + first + between + second
+    spared = (1 + 4 + 4 + 1) * 16 * (25 - 9 - 1) + (1 + 4 + 4 + 1) * 32 * (9 - 1)  # the second stage is the last it passed
+    assert numbers_moved(shape, (24, 8), (0, 5), scored=True) == embed + first + between + second - spared
 
 
 def test_what_int8_rounds_is_what_the_blocks_multiply_by_weights():
     model = Iret(small_shape())
     linears = [part for stage in model.stages for part in stage.blocks.modules() if isinstance(part, torch.nn.Linear)]
-    assert block_linears(model.shape, (0, 0, 0)) == (sum(part.weight.numel() for part in linears),) * 2
-    assert block_linears(model.shape, (24, 8))[1] == 12 * (2 * 25 * 16**2 + 3 * 9 * 32**2)
+    assert block_linears(model.shape, (0, 0, 0), scored=False) == (sum(part.weight.numel() for part in linears),) * 2
+    whole = 12 * (2 * 25 * 16**2 + 3 * 9 * 32**2)
+    assert block_linears(model.shape, (24, 8), scored=False)[1] == whole
+    spared = 8 * (25 - 9 - 1) * 16**2 + 8 * (9 - 1) * 32**2
+    assert block_linears(model.shape, (24, 8), scored=True)[1] == whole - spared
 
 
 # ---- the spec's table
@@ -255,7 +276,7 @@ def test_small_preset_costs_what_the_table_says():
 
 def test_cifar_preset_costs_what_the_table_says():
     assert round(full_macs(iret_pico()) / 1e9, 3) == 0.147
-    assert round(int(macs(iret_pico(), [[64], [32], [16]], [[64], [32], [16]], scored=True)[0]) / 1e9, 3) == 0.055
+    assert round(plan_macs(iret_pico(), (64, 32, 16), (64, 32, 16), scored=False) / 1e9, 3) == 0.055
 
 
 # ---- order

@@ -774,9 +774,8 @@ def test_a_bundle_is_read_as_it_was_written(tmp_path):
     [
         (b"{", "not valid JSON"),
         (b"[]", "has format None"),
-        (b'{"format": 1}', "has format 1; this version of iret reads bundles of format 2"),
-        (b'{"format": 2}', "does not describe a bundle"),
-        (b'{"format": 2, "is_single": true}', "has format 2; this version of iret reads bundles of format 3"),
+        (b'{"format": 3}', "has format 3; this version of iret reads bundles of format 4"),
+        (b'{"format": 4}', "does not describe a bundle"),
         (b"[" * 100_000, "not valid JSON"),
     ],
 )

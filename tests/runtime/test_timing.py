@@ -223,9 +223,11 @@ def test_a_session_s_means_are_of_all_images_unless_images_were_given(monkeypatc
 
 
 def test_joules_are_those_of_the_counted_work():
-    work, moved = plan_macs(SHAPE, *vars(PLAN).values(), scored=True), numbers_moved(SHAPE, PLAN.kept, PLAN.refined)
-    assert estimate_image(SHAPE, "float32", point(1.0), PLAN) == pytest.approx(estimate_joules(work, 4 * moved))
-    assert estimate_image(SHAPE, "float32", point(0.0), PLAN) < estimate_image(SHAPE, "float32", point(1.0), PLAN)
+    for threshold, scored in ((1.0, True), (0.0, False)):
+        work = plan_macs(SHAPE, PLAN.kept, PLAN.refined, scored=scored)
+        moved = numbers_moved(SHAPE, PLAN.kept, PLAN.refined, scored=scored)
+        wanted = estimate_joules(work, 4 * moved)
+        assert estimate_image(SHAPE, "float32", point(threshold), PLAN) == pytest.approx(wanted)
 
 
 def test_whatever_a_device_can_be_measured_in_has_an_estimate():
@@ -234,7 +236,7 @@ def test_whatever_a_device_can_be_measured_in_has_an_estimate():
 
 
 def test_int8_takes_the_blocks_products_and_weights_for_less():
-    weights, rounded = block_linears(SHAPE, PLAN.kept)
+    weights, rounded = block_linears(SHAPE, PLAN.kept, scored=True)
     saved = estimate_joules(rounded, 4 * weights) - estimate_joules(rounded, weights, constants=HOROWITZ["int8"])
     full, less = (estimate_image(SHAPE, precision, point(1.0), PLAN) for precision in ("float32", "int8"))
     assert full - less == pytest.approx(saved)

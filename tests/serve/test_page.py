@@ -149,10 +149,10 @@ def test_macs_and_estimated_joules_are_those_of_python(shape):
         kept = [shape.num_patches, *(int(each) for each in rng.integers(0, shape.num_patches + 1, stages - 1))]
         refined = [0, *(int(rng.integers(0, each + 1)) for each in kept[1:])]
         is_scored = bool(rng.integers(2))
-        macs, moved = plan_macs(shape, kept, refined, scored=is_scored), numbers_moved(shape, kept, refined)
-        weights, rounded = block_linears(shape, kept)
+        macs, moved = (count(shape, kept, refined, scored=is_scored) for count in (plan_macs, numbers_moved))
+        weights, rounded = block_linears(shape, kept, scored=is_scored)
         int8 = estimate_joules(macs - rounded, 4 * (moved - weights))
-        questions += [("macs", raw, kept, refined, is_scored), ("numbersMoved", raw, kept, refined)]
+        questions += [("macs", raw, kept, refined, is_scored), ("numbersMoved", raw, kept, refined, is_scored)]
         questions += [("estimateJoules", raw, kept, refined, is_scored, name) for name in ("float32", "int8")]
         expected += [macs, moved, estimate_joules(macs, 4 * moved)]
         expected += [int8 + estimate_joules(rounded, weights, constants=HOROWITZ["int8"])]
@@ -206,7 +206,7 @@ def test_a_run_passes_the_stages_as_python_s_session_does(tmp_path):
         assert answer["logits"] == out.logits[0].tolist(), each
         assert (answer["macs"], answer["exitStage"]) == (out.macs[0], out.trace.exit_stage[0]), each
         counts = (grids.sum(1)[: answer["exitStage"] + 1].tolist() for grids in (kept, refined))
-        joules = estimate_work(bundle.shape, "float32", answer["macs"], *counts)
+        joules = estimate_work(bundle.shape, "float32", answer["macs"], *counts, scored=each["budget"] not in (None, 1.0))
         assert answer["joules"] == pytest.approx(joules, rel=1e-12), each
         exits.add(answer["exitStage"])
     assert exits == {0, 1, 2}
@@ -276,7 +276,7 @@ def test_bundles_that_do_not_run_in_a_browser_are_refused_by_name():
         {},
         {"format": 3},
         {"kind": "openvino"},
-        {"is_single": True, "format": 3},
+        {"is_single": True},
         {"stages": fixed},
         {"is_convolved": True},
     ]

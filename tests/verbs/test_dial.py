@@ -163,8 +163,8 @@ def test_a_day_says_whose_battery_it_is_what_idles_away_and_what_comes(capsys):
 def test_of_several_clocks_none_of_them_this_one_s_one_is_to_be_named(tmp_path, capsys):
     model = iret.load(NANO)
     (clock,) = model.points.devices
-    for name in ("one board", "another"):
-        model.points = model.points.with_device(replace(clock, device=name))
+    clocks = tuple(replace(clock, device=name) for name in ("one board", "another"))
+    model.points = replace(model.points, devices=clocks)
     model.save_pretrained(tmp_path)
     assert cli.main(["simulate", str(tmp_path)]) == 2
     assert re.search(

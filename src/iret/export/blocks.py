@@ -78,17 +78,21 @@ class Attention(nn.Module):
 
 
 class Blocks(nn.Module):
-    """The blocks of one `iret.model.Stage`."""
+    """The blocks of one `iret.model.Stage`; if scored without the MLP of the last, which is its `Rest`."""
 
     def __init__(self, stage: Any, is_scored: bool, is_convolved: bool = False) -> None:
         """`is_convolved`: linear layers are 1x1 convolutions, if tokens are wide enough to gain by it."""
         super().__init__()
-        self.is_convolved = is_convolved and stage.norm.weight.shape[0] >= MIN_CONVOLVED_WIDTH
-        rewrite: Rewrite = PointwiseConvolution if self.is_convolved else lambda linear: linear
+        self.is_convolved, rewrite = _form_of(stage, is_convolved)
         unscored = len(stage.blocks) - stage.num_scored if is_scored else len(stage.blocks)
         self.importance = stage.importance
         self.blocks = nn.ModuleList(
-            _Block(block, None if place < unscored else stage.importance, rewrite)
+            _Block(
+                block,
+                None if place < unscored else stage.importance,
+                rewrite,
+                has_mlp=not is_scored or block is not stage.blocks[-1],
+            )
             for place, block in enumerate(stage.blocks)
         )
         if is_scored:
@@ -117,18 +121,48 @@ class Blocks(nn.Module):
         return (self.head_shares @ weights).squeeze(1)
 
 
-class _Block(nn.Module):
-    def __init__(self, block: Any, importance: str | None, rewrite: Rewrite) -> None:
+class Rest(nn.Module):
+    """What the scored `Blocks` of a stage leave to the tokens that stay, and to a head: the MLP of its last block."""
+
+    def __init__(self, stage: Any, is_convolved: bool = False) -> None:
         super().__init__()
-        self.norm1, self.norm2 = block.norm1, block.norm2
-        self.attn = Attention(block.attn, importance, rewrite)
+        self.is_convolved, rewrite = _form_of(stage, is_convolved)
+        self.second = _SecondHalf(stage.blocks[-1], rewrite)
+
+    def forward(self, x: Float[Tensor, "NB D"]) -> Float[Tensor, "NB D"]:
+        return self.second(x[None, None] if self.is_convolved else x).flatten(0, -2)
+
+
+class _SecondHalf(nn.Module):
+    """The second half of a block."""
+
+    def __init__(self, block: Any, rewrite: Rewrite) -> None:
+        super().__init__()
         assert type(block.mlp) is vit.Mlp, "only two layers with GELU between are written out here"
+        self.norm2 = block.norm2
         self.mlp = nn.Sequential(OrderedDict(fc1=rewrite(block.mlp.fc1), act=nn.GELU(), fc2=rewrite(block.mlp.fc2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm2(x))
+
+
+class _Block(nn.Module):
+    def __init__(self, block: Any, importance: str | None, rewrite: Rewrite, has_mlp: bool) -> None:
+        super().__init__()
+        self.norm1 = block.norm1
+        self.attn = Attention(block.attn, importance, rewrite)
+        self.second = _SecondHalf(block, rewrite) if has_mlp else nn.Identity()
 
     def forward(self, x: Tensor, batch: int, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         update, logits = self.attn(self.norm1(x), batch, bias)
-        x = x + update
-        return x + self.mlp(self.norm2(x)), logits
+        return self.second(x + update), logits
+
+
+def _form_of(stage: Any, is_convolved: bool) -> tuple[bool, Rewrite]:
+    """Whether linear layers of `stage` become convolutions, and what makes of one what stands for it."""
+    if is_convolved and stage.norm.weight.shape[0] >= MIN_CONVOLVED_WIDTH:
+        return True, PointwiseConvolution
+    return False, lambda linear: linear
 
 
 def _plus(logits: Tensor, bias: Tensor | None) -> Tensor:

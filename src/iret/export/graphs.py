@@ -4,7 +4,8 @@
     later stage    tokens of the patches that stay, their cells,
                    pixels of those that are looked at again        -> tokens, received, logits (the last: logits alone)
 
-Between two stages the host chooses (`iret.runtime.session`), with the code that chooses for the model. Rows of `pixels` begin
+Between two stages the host chooses (`iret.runtime.session`), with the code that chooses for the model; the MLP of a stage's last
+block, which each token passes by itself, is left to those that stay, in the next graph. Rows of `pixels` begin
 with one of zeros: its details are zero and add exactly nothing, so `source` can point there for a patch that is not refined, and
 no graph has an empty axis. Only plain gathers are used.
 
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iret.export.blocks import Blocks
+from iret.export.blocks import Blocks, Rest
 from iret.lifting import Lifting, LinearLifting2d
 from iret.model import Iret
 from iret.runtime.cost import Shape
@@ -82,14 +83,15 @@ class StageGraph(nn.Module):
 
     def __init__(self, model: Iret, index: int, *, is_convolved: bool) -> None:
         super().__init__()
-        stage = model.stages[index]
-        self.blocks = Blocks(stage, is_scored=index < len(model.stages) - 1, is_convolved=is_convolved)
+        stage, is_scored = model.stages[index], index < len(model.stages) - 1
+        self.blocks = Blocks(stage, is_scored, is_convolved)
+        self.rest = Rest(stage, is_convolved) if is_scored else nn.Identity()
         self.norm, self.head = stage.norm, stage.head
 
     def through(self, x: Float[Tensor, "NB D"], batch: int, bias: Float[Tensor, "B N"] | None) -> tuple[Tensor, ...]:
         """Tokens [N, B, D], received [B, N] (0 at class tokens) and logits; of the last stage the logits alone."""
         x, received = self.blocks(x, batch, None if bias is None else bias[:, None, None])
-        logits = self.head(self.norm(x[:batch]))  # the class tokens come first
+        logits = self.head(self.norm(self.rest(x[:batch])))  # the class tokens come first
         return (logits,) if received is None else (x.reshape(-1, batch, x.shape[1]), F.pad(received, (1, 0)), logits)
 
 
@@ -119,6 +121,7 @@ class LaterStage(StageGraph):
 
     def __init__(self, model: Iret, index: int, *, is_convolved: bool = False) -> None:
         super().__init__(model, index, is_convolved=is_convolved)
+        self.before = Rest(model.stages[index - 1], is_convolved)
         self.transition = model.transitions[index - 1]
         self.details = Details(model.lifting, model.shape.detail_level(index))
 
@@ -129,7 +132,7 @@ class LaterStage(StageGraph):
         own: Any = self.transition
         extra = own.detail_embed(own.detail_norm(self.details(pixels)))
         added = own.pos_embed[0].index_select(0, place) + extra.index_select(0, source)
-        return own.widen(own.norm(x)) + added
+        return own.widen(own.norm(self.before(x))) + added
 
     def forward(
         self,

@@ -16,8 +16,7 @@ from iret.runtime.cost import Shape, full_macs
 from iret.runtime.points import OperatingPoints
 from iret.runtime.preprocess import Preprocess
 
-FORMAT = 2  # 1: its graphs took tokens image after image
-SINGLE_FORMAT = 3  # of a single graph; 2: it gave grids, not lists
+FORMAT = 4  # 1: its graphs took tokens image after image; 2: a single graph gave grids; 3: dropped tokens passed one more MLP
 FILE_NAME = "bundle.json"
 PRECISIONS = ("float32", "int8")
 ENGINES = {"onnx": ("onnxruntime", "openvino"), "openvino": ("openvino",), "executorch": ("executorch",)}
@@ -84,7 +83,7 @@ class Bundle:
         if not self.is_convolved:
             del raw["is_convolved"]  # versions before it read all other bundles of this format
         raw["points"] = None if self.points is None else json.loads(self.points.to_json())
-        return json.dumps({"format": SINGLE_FORMAT if self.is_single else FORMAT, **raw}, indent=1) + "\n"
+        return json.dumps({"format": FORMAT, **raw}, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
         """Put `bundle.json` into `folder`, whole, or leave what was there.
@@ -113,11 +112,10 @@ class Bundle:
             raw = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON ({error}); export the model again.") from error
-        version, is_single = (raw.pop("format", None), raw.get("is_single")) if isinstance(raw, dict) else (None, False)
-        expected = SINGLE_FORMAT if is_single else FORMAT
-        if version != expected:
+        version = raw.pop("format", None) if isinstance(raw, dict) else None
+        if version != FORMAT:
             raise ValueError(
-                f"{path} has format {version!r}; this version of iret reads bundles of format {expected}: export the model "
+                f"{path} has format {version!r}; this version of iret reads bundles of format {FORMAT}: export the model "
                 "again with it."
             )
         try:

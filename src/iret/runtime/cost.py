@@ -149,6 +149,11 @@ def block_macs(shape: Shape, stage: int, tokens: Count) -> Count:
     return (4 + 2 * shape.mlp_ratio) * tokens * dim * dim + 2 * tokens * tokens * dim
 
 
+def mlp_macs(shape: Shape, stage: int, tokens: Count) -> Count:
+    """The MLP of one block of `stage`."""
+    return 2 * shape.mlp_ratio * tokens * shape.embed_dims[stage] ** 2
+
+
 def scoring_macs(shape: Shape, stage: int, tokens: Count) -> Count:
     """Reading the importance off the last blocks of `stage`."""
     dim = shape.embed_dims[stage]
@@ -172,26 +177,41 @@ def transition_macs(shape: Shape, stage: int, kept: Count, refined: Count) -> Co
     return widen + refined * (detail_macs(shape, level) + detail_size * dim)
 
 
-def stage_macs(shape: Shape, stage: int, kept: Count, refined: Count, scored: bool, head: bool = True) -> Count:
-    """MACs of one stage with what leads into it; `kept` and `refined` count patches, without the class token."""
+def stage_macs(
+    shape: Shape,
+    stage: int,
+    kept: Count,
+    refined: Count,
+    *,
+    scored: bool,
+    has_rest: bool | None = None,
+    head: bool = True,
+) -> Count:
+    """MACs of one stage with what leads into it; `kept` and `refined` count patches, without the class token.
+
+    `scored`: tokens are chosen at its end, so that the MLP of its last block is left to those that stay and counts in the next
+    stage, as that of the stage before does here (`has_rest`, None: likewise); a head needs it for the class token at once.
+    The last stage has no such end.
+    """
     lead_in = embed_macs(shape) if stage == 0 else transition_macs(shape, stage, kept, refined)
     tokens = kept + 1
     total = lead_in + shape.depths[stage] * block_macs(shape, stage, tokens)
-    if scored:
-        total = total + scoring_macs(shape, stage, tokens)
+    if stage and (scored if has_rest is None else has_rest):
+        total = total + mlp_macs(shape, stage - 1, tokens)
+    if scored and stage < len(shape.depths) - 1:
+        total = total + scoring_macs(shape, stage, tokens) - mlp_macs(shape, stage, tokens - 1 if head else tokens)
     if head:
         total = total + shape.embed_dims[stage] * shape.num_classes
     return total
 
 
 @cache
-def _coefficients(shape: Shape, scored: bool) -> tuple[tuple[int, int, int, int], ...]:
+def coefficients(shape: Shape, scored: bool) -> tuple[tuple[int, int, int, int], ...]:
     """Of each stage, whose MACs are  a + b kept + c kept^2 + d refined:  (a, b, c, d), read off `stage_macs` at four points."""
     rows = []
     for stage in range(len(shape.depths)):
-        is_scored = scored and stage < len(shape.depths) - 1
         none, one, two, refined = (
-            int(stage_macs(shape, stage, kept, refined, is_scored))
+            int(stage_macs(shape, stage, kept, refined, scored=scored))
             for kept, refined in ((0, 0), (1, 0), (2, 0), (0, 1))
         )
         square = (two - 2 * one + none) // 2
@@ -202,7 +222,7 @@ def _coefficients(shape: Shape, scored: bool) -> tuple[tuple[int, int, int, int]
 @cache
 def _columns(shape: Shape, scored: bool) -> np.ndarray:
     """The same, int64 [4, S, 1]."""
-    return np.array(_coefficients(shape, scored), dtype=np.int64).T[..., None]
+    return np.array(coefficients(shape, scored), dtype=np.int64).T[..., None]
 
 
 def macs(shape: Shape, kept: Count, refined: Count, *, scored: Any, stages_run: Count | None = None) -> np.ndarray:
@@ -221,7 +241,7 @@ def macs(shape: Shape, kept: Count, refined: Count, *, scored: Any, stages_run: 
 
 def plan_macs(shape: Shape, kept: Sequence[int], refined: Sequence[int], *, scored: bool) -> int:
     """`macs` of one image that passed `len(kept)` stages with so many patches kept and refined in each."""
-    counts = zip(_coefficients(shape, scored), kept, refined, strict=False)
+    counts = zip(coefficients(shape, scored), kept, refined, strict=False)
     return sum(
         constant + (linear + square * here) * here + detail * again
         for (constant, linear, square, detail), here, again in counts
@@ -238,18 +258,20 @@ def full_macs(shape: Shape) -> int:
     )
 
 
-def numbers_moved(shape: Shape, kept: Sequence[int], refined: Sequence[int] | None = None) -> int:
+def numbers_moved(shape: Shape, kept: Sequence[int], refined: Sequence[int] | None = None, *, scored: bool) -> int:
     """Numbers to and from memory for one image that passed `len(kept)` stages at batch 1; `refined` None: all that is kept.
 
     Every weight of a linear layer and of the lifting is read once, every input and output of a linear layer moved once; all
     else stays on the chip: the lifting, between the pixels it reads and the layer that takes its bands; biases; norms.
+    `scored`: whether tokens were chosen.
     """
     pixels, coarse_size = shape.in_chans * shape.patch_size**2, shape.in_chans * shape.side(shape.levels) ** 2
-    total = lifting_weights(shape) + block_linears(shape, kept)[0] + shape.embed_dims[0] * coarse_size
+    total = lifting_weights(shape) + block_linears(shape, kept, scored=scored)[0] + shape.embed_dims[0] * coarse_size
     total += shape.num_patches * (pixels + shape.embed_dims[0])
     for stage, patches in enumerate(kept):
         dim = shape.embed_dims[stage]
-        total += shape.depths[stage] * (8 + 2 * shape.mlp_ratio) * (patches + 1) * dim
+        total += shape.depths[stage] * 6 * (patches + 1) * dim  # attention's
+        total += (2 + 2 * shape.mlp_ratio) * _mlp_tokens(shape, kept, stage, scored) * dim
         if shape.num_classes:
             total += dim * shape.num_classes + dim + shape.num_classes
         if stage:
@@ -262,13 +284,22 @@ def numbers_moved(shape: Shape, kept: Sequence[int], refined: Sequence[int] | No
     return total
 
 
-def block_linears(shape: Shape, kept: Sequence[int]) -> tuple[int, int]:
+def block_linears(shape: Shape, kept: Sequence[int], *, scored: bool) -> tuple[int, int]:
     """(weights, MACs) of the linear layers of the blocks, which `iret.precision` may round to int8, as `numbers_moved` counts."""
     weights = work = 0
-    for dim, depth, patches in zip(shape.embed_dims, shape.depths, kept, strict=False):
-        size = depth * (4 + 2 * shape.mlp_ratio) * dim**2
-        weights, work = weights + size, work + size * (patches + 1)
+    for stage, (dim, depth, patches) in enumerate(zip(shape.embed_dims, shape.depths, kept, strict=False)):
+        weights += depth * (4 + 2 * shape.mlp_ratio) * dim**2
+        work += (4 * depth * (patches + 1) + 2 * shape.mlp_ratio * _mlp_tokens(shape, kept, stage, scored)) * dim**2
     return weights, work
+
+
+def _mlp_tokens(shape: Shape, kept: Sequence[int], stage: int, scored: bool) -> int:
+    """Tokens that pass MLPs of `stage`, over all its blocks; if scored, of the last those that stay, and the head's own."""
+    here = kept[stage] + 1
+    if not scored or stage == len(shape.depths) - 1:
+        return shape.depths[stage] * here
+    stay = kept[stage + 1] + 1 if stage + 1 < len(kept) else 0
+    return (shape.depths[stage] - 1) * here + stay + 1
 
 
 def lifting_weights(shape: Shape) -> int:

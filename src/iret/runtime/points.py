@@ -20,7 +20,7 @@ import numpy as np
 
 from iret.runtime.controller import BESIDE, Menu
 
-FORMAT = 2
+FORMAT = 3  # 2: MACs of dropped patches had one more MLP
 FILE_NAME = "points.json"
 BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)  # that cards, `iret eval` and the demo show
 MAX_SETTINGS = 1024  # remembered by one table

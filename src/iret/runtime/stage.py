@@ -125,9 +125,11 @@ class Stage:
             return [np.zeros(1, np.int64)]
         if self._index == 0 or counts.min() == counts.max():
             return np.split(np.arange(batch), range(limit, batch, limit))
-        weights = numbers_moved(self._shape, [0] * (self._index + 1)) - numbers_moved(self._shape, [0] * self._index)
+        before, here = (
+            numbers_moved(self._shape, [0] * stages, scored=True) for stages in (self._index, self._index + 1)
+        )
         widths = np.array([self._width(int(count)) for count in counts])
-        return group_by_count(widths, self._macs[widths - 1], float(MACS_A_WEIGHT * weights), limit)
+        return group_by_count(widths, self._macs[widths - 1], float(MACS_A_WEIGHT * (here - before)), limit)
 
 
 class Batch:

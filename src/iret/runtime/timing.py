@@ -202,21 +202,34 @@ def estimate_point(shape: Shape, precision: str, point: Point) -> float:
 
 def estimate_image(shape: Shape, precision: str, point: Point, plan: Plan) -> float:
     """Joules of one image that did `plan` at `point`, estimated."""
-    return estimate_work(shape, precision, macs_of(shape, point, plan), plan.kept, plan.refined)
+    return estimate_work(
+        shape,
+        precision,
+        macs_of(shape, point, plan),
+        plan.kept,
+        plan.refined,
+        scored=bool(np.any(point.thresholds)),
+    )
 
 
 def estimate_work(
-    shape: Shape, precision: str, work: int | float, kept: Sequence[int], refined: Sequence[int] | None
+    shape: Shape,
+    precision: str,
+    work: int | float,
+    kept: Sequence[int],
+    refined: Sequence[int] | None,
+    *,
+    scored: bool,
 ) -> float:
     """Joules of `work` MACs on so many patches a stage, by published constants: arithmetic and memory alone, without idle power.
 
     In int8, the linear layers of the blocks multiply in 8 bits and read weights of 8 bits, as in `iret.precision`; all else stays
     in float32. Other engines round every product with a weight, so theirs is too dear by embeddings and heads.
     """
-    moved = numbers_moved(shape, kept, refined)
+    moved = numbers_moved(shape, kept, refined, scored=scored)
     constants, size = FORMATS[precision]
     if precision != "int8":
         return estimate_joules(work, size * moved, constants=HOROWITZ[constants])
-    weights, rounded = block_linears(shape, kept)
+    weights, rounded = block_linears(shape, kept, scored=scored)
     in_float = estimate_joules(max(work - rounded, 0), size * (moved - weights))
     return in_float + estimate_joules(rounded, weights, constants=HOROWITZ["int8"])

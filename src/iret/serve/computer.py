@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from iret.runtime.controller import Controller, Goal, Menu, Reading
-from iret.runtime.cost import full_macs
+from iret.runtime.cost import full_macs, plan_macs
 from iret.runtime.points import DeviceTable, Point, round_up
 from iret.runtime.preprocess import open_image
 from iret.runtime.timing import estimate_point, estimate_work
@@ -264,6 +264,8 @@ class Computer:
         stages_run = int(trace.exit_stage[row]) + 1
         tokens = tuple(int(count) for count in kept.sum((1, 2)))
         details = tuple(int(count) for count in refined.sum((1, 2)))
+        plan = tokens[:stages_run], details[:stages_run]
+        unscored = plan_macs(self._session.shape, *plan, scored=False)
         seen = dict(stage_logits=trace.stage_logits[:, row], kept=kept, refined=refined) if with_trace else {}
         return Result(
             logits=out.logits[row],
@@ -271,7 +273,7 @@ class Computer:
             macs=int(out.macs[row]),
             exit_stage=stages_run - 1,
             tokens=tokens,
-            joules=self._joules(float(out.macs[row]), tokens[:stages_run], details[:stages_run]),
+            joules=self._joules(float(out.macs[row]), *plan, scored=int(out.macs[row]) != unscored),
             engine_s=out.engine_s,
             busy_s=0.0,  # not over yet
             batch=len(out.logits),
@@ -280,14 +282,15 @@ class Computer:
 
     # ---- joules
 
-    def _joules(self, macs: float, kept: Sequence[int], refined: Sequence[int] | None) -> float:
+    def _joules(self, macs: float, kept: Sequence[int], refined: Sequence[int] | None, *, scored: bool) -> float:
         """Of one image, from the counted work; as `iret calibrate` estimates them."""
         session = self._session
-        return estimate_work(session.shape, session.bundle.precision, macs, kept, refined)
+        return estimate_work(session.shape, session.bundle.precision, macs, kept, refined, scored=scored)
 
     def _point_joules(self, point: Point) -> float:
         if not point.plans:
-            return self._joules(point.macs_mean, [round(count) for count in point.kept_mean], None)
+            kept, scored = [round(count) for count in point.kept_mean], bool(np.any(point.thresholds))
+            return self._joules(point.macs_mean, kept, None, scored=scored)
         return estimate_point(self._session.shape, self._session.bundle.precision, point)
 
     def _table(self) -> DeviceTable | None:

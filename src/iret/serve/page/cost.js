@@ -53,11 +53,18 @@ function leadInMacs(shape, stage, kept, refined) {
   return (kept + 1) * shape.embed_dims[stage - 1] * dim + refined * (detailMacs(shape, level) + details * dim);
 }
 
+/** Tokens that pass an MLP of `stage`, in all its blocks; if scored those of the last are the ones that stay, and the head's. */
+function mlpTokens(shape, kept, stage, isScored) {
+  const [here, depth] = [kept[stage] + 1, shape.depths[stage]];
+  if (!isScored || stage === levels(shape)) return depth * here;
+  return (depth - 1) * here + (stage + 1 < kept.length ? kept[stage + 1] + 1 : 0) + 1;
+}
+
 function stageMacs(shape, stage, kept, refined, isScored, hasHead) {
-  const [dim, tokens] = [shape.embed_dims[stage], kept + 1];
-  const block = (4 + 2 * shape.mlp_ratio) * tokens * dim * dim + 2 * tokens * tokens * dim;
-  let total = leadInMacs(shape, stage, kept, refined) + shape.depths[stage] * block;
-  if (isScored) {
+  const [dim, depth, tokens] = [shape.embed_dims[stage], shape.depths[stage], kept[stage] + 1];
+  let total = leadInMacs(shape, stage, kept[stage], refined[stage]) + depth * (4 * dim + 2 * tokens) * tokens * dim;
+  total += 2 * shape.mlp_ratio * mlpTokens(shape, kept, stage, isScored) * dim * dim;
+  if (isScored && stage < levels(shape)) {
     total +=
       shape.importance === "column"
         ? tokens * (tokens - 1) * dim
@@ -68,18 +75,17 @@ function stageMacs(shape, stage, kept, refined, isScored, hasHead) {
 
 /** MACs spent on an image that passed `kept.length` stages, so many patches kept and refined in each. */
 export function macs(shape, kept, refined, isScored) {
-  const last = shape.depths.length - 1;
-  return kept.reduce((sum, count, s) => sum + stageMacs(shape, s, count, refined[s], isScored && s < last, true), 0);
+  return kept.reduce((sum, _, s) => sum + stageMacs(shape, s, kept, refined, isScored, true), 0);
 }
 
 /** MACs with nothing scored or dropped, and only the last head: what a budget is a share of. */
 export function fullMacs(shape) {
-  const [every, last] = [numPatches(shape), shape.depths.length - 1];
-  return shape.depths.reduce((sum, _, s) => sum + stageMacs(shape, s, every, every, false, s === last), 0);
+  const every = shape.depths.map(() => numPatches(shape));
+  return every.reduce((sum, _, s) => sum + stageMacs(shape, s, every, every, false, s === levels(shape)), 0);
 }
 
 /** Numbers to and from memory for one image; see `iret.runtime.cost.numbers_moved`. */
-export function numbersMoved(shape, kept, refined) {
+export function numbersMoved(shape, kept, refined, isScored) {
   const every = numPatches(shape);
   const [pixels, coarse] = [shape.in_chans * shape.patch_size ** 2, shape.in_chans * side(shape, levels(shape)) ** 2];
   const taps = { linear: 3, haar: 0, dawn: 10 * shape.in_chans ** 2 }[shape.lifting];
@@ -87,7 +93,8 @@ export function numbersMoved(shape, kept, refined) {
   kept.forEach((patches, stage) => {
     const dim = shape.embed_dims[stage];
     total += shape.depths[stage] * (4 + 2 * shape.mlp_ratio) * dim ** 2;
-    total += shape.depths[stage] * (8 + 2 * shape.mlp_ratio) * (patches + 1) * dim;
+    total += shape.depths[stage] * 6 * (patches + 1) * dim; // of attention
+    total += (2 + 2 * shape.mlp_ratio) * mlpTokens(shape, kept, stage, isScored) * dim;
     if (shape.num_classes) total += dim * shape.num_classes + dim + shape.num_classes;
     if (stage) {
       const before = shape.embed_dims[stage - 1];
@@ -100,12 +107,13 @@ export function numbersMoved(shape, kept, refined) {
 
 /** Joules of arithmetic and memory alone, at published constants of one chip process: read ratios. */
 export function estimateJoules(shape, kept, refined, isScored, precision = "float32") {
-  const [work, moved] = [macs(shape, kept, refined, isScored), numbersMoved(shape, kept, refined)];
+  const [work, moved] = [macs(shape, kept, refined, isScored), numbersMoved(shape, kept, refined, isScored)];
   if (precision !== "int8") return MAC_J.float32 * work + BYTE_J * 4 * moved;
   let [weights, rounded] = [0, 0]; // of the linear layers of the blocks, which alone are in 8 bits
   kept.forEach((patches, stage) => {
-    const size = shape.depths[stage] * (4 + 2 * shape.mlp_ratio) * shape.embed_dims[stage] ** 2;
-    [weights, rounded] = [weights + size, rounded + size * (patches + 1)];
+    const [size, depth] = [shape.embed_dims[stage] ** 2, shape.depths[stage]];
+    weights += depth * (4 + 2 * shape.mlp_ratio) * size;
+    rounded += (4 * depth * (patches + 1) + 2 * shape.mlp_ratio * mlpTokens(shape, kept, stage, isScored)) * size;
   });
   const inFloat = MAC_J.float32 * (work - rounded) + BYTE_J * 4 * (moved - weights);
   return inFloat + MAC_J.int8 * rounded + BYTE_J * weights;

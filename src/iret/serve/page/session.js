@@ -134,7 +134,7 @@ export function softmax(logits) {
 /** Why this page cannot run a bundle, in one sentence; null where it can. */
 export function whyNot(bundle) {
   if (bundle.is_single) return "A single graph does not run in this page; export without --single-graph.";
-  if (bundle.format !== 2) return `bundle.json has format ${bundle.format}; this page reads format 2: build it again.`;
+  if (bundle.format !== 4) return `bundle.json has format ${bundle.format}; this page reads format 4: build it again.`;
   if (bundle.kind !== "onnx") return `A bundle of kind ${bundle.kind} does not run in a browser; export with --format onnx.`;
   if (bundle.is_convolved) return "A browser computes convolutions slowly; export without --convolutions.";
   if (bundle.stages.some((stage) => stage[0].tokens !== null)) return "Graphs of fixed token counts do not run in this page; export without --buckets.";
