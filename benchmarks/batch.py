@@ -131,20 +131,20 @@ def counts_of(plans: list[Plan], stage: int) -> list[int]:
 
 @torch.inference_mode()
 def padded(model: iret.Iret, images: torch.Tensor, plans: list[Plan]) -> torch.Tensor:
-    """The run at given counts with every image padded to the longest: dense blocks under a key mask, nothing chosen."""
+    """The run at given counts with every image padded to the longest: dense blocks under a key mask, scored, nothing chosen."""
     tokens, patches = model._embed(images)
     batch, cells = len(images), model.shape.num_patches
     for index, stage in enumerate(model.stages):
         if index:
             counts = counts_of(plans, index)
-            width = max(counts)
+            width, before = max(counts), model.stages[index - 1]
             x = tokens.x_TD.unflatten(0, (batch, -1))[:, : width + 1].flatten(0, 1)
-            tokens = padded_tokens(x, counts)
+            tokens, _ = before(padded_tokens(x, counts), is_scored=True, is_rest=True)
             rows = (F.pad(torch.ones(batch, width, dtype=torch.bool), (1, 0))).flatten().nonzero().squeeze(1)
             level = model.shape.detail_level(index)
             details = model.lifting.details(patches.unflatten(0, (batch, cells))[:, :width].flatten(0, 1), level)
             tokens = model.transitions[index - 1](tokens, details, rows)
-        tokens, _ = stage(tokens, is_scored=False)
+        tokens, _ = stage(tokens, is_scored=index < len(model.stages) - 1)
     return model.stages[-1].answer(tokens)
 
 

@@ -1,12 +1,13 @@
 """Does dropping tokens save time? `iret_small`, eager, batch 1, one thread, interleaved, raw samples kept.
 
 For each MAC ratio two things run in turn on the same image: `model(images, budget=)` at thresholds that give that ratio, and the
-*ceiling*, the same layers at the same token counts on dense tensors, nothing scored, selected or gathered (fixed slices). At the
+*ceiling*, the same blocks at the same token counts on dense tensors, nothing scored, selected or gathered (fixed slices). At the
 full count the ceiling is the *plain* model, against which `model(images)` is held; the blocks alone, without embedding,
-transitions and head, are timed beside it. Choosing (scoring, rules, gathering) is also timed
+transitions and head, are timed beside it. The *cut ceiling* slices where the model chooses, before the last MLP of a stage, which
+blocks at static counts do not: it does the same multiplications as the model, and no others. Choosing (scoring, rules, gathering) is also timed
 inside. `model.run`, which also answers at every stage and keeps the trace, is timed beside it, and the same budget after
 `model.compile()`, held against the same eager ceiling. What scoring takes in a compiled graph is the time of its stages with
-it less that without. Processes differ by where their weights lie in memory, so all of it is done in several, one after another,
+it, no patch dropped, less that without. Processes differ by where their weights lie in memory, so all of it is done in several, one after another,
 and what is reported is their median.
 
     python benchmarks/speed.py --out results/...     takes about eight minutes; run it alone on the machine
@@ -46,17 +47,29 @@ Samples = dict[str, list[tuple[float, float]]]
 ON_HOST = ("to_importance", "replace_importance", "choose", "select")
 
 
-def static_forward(model: iret.Iret, images: Tensor, counts: list[int]) -> Tensor:
-    """The model at fixed patch counts per stage, taking the first patches: the ceiling."""
+def without_last_mlp(stage: iret.model.Stage, x: Tensor, tokens: Tokens | None = None) -> Tensor:
+    """The blocks of a stage but for what is left to the tokens that stay, nothing scored."""
+    for block in stage.blocks[:-1]:
+        x, _ = block(x, tokens)
+    return stage.blocks[-1].attend(x, tokens, None)[0]
+
+
+def static_forward(model: iret.Iret, images: Tensor, counts: list[int], *, is_cut: bool) -> Tensor:
+    """The model at fixed patch counts per stage, taking the first patches: the ceiling, or the cut ceiling."""
     tokens, patches = model._embed(images)
     x = tokens.x_TD[None]
     for index, (stage, count) in enumerate(zip(model.stages, counts, strict=True)):
         if index:
             transition, level = model.transitions[index - 1], model.shape.detail_level(index)
             x = x[:, : count + 1]
+            if is_cut:
+                x = model.stages[index - 1].blocks[-1].think(x, None)
             details = model.lifting.details(patches[:count], level)
             x = transition.widen(transition.norm(x)) + transition.pos_embed[:, : count + 1]
             x[:, 1:] += transition.detail_embed(transition.detail_norm(details.flatten(1)))
+        if is_cut and stage is not model.stages[-1]:
+            x = without_last_mlp(stage, x)
+            continue
         for block in stage.blocks:
             x, _ = block(x)
     return model.stages[-1].head(model.stages[-1].norm(x[:, 0]))
@@ -72,7 +85,9 @@ def blocks_alone(model: iret.Iret, inputs: list[Tensor]) -> Tensor:
 def stages(model: iret.Iret, inputs: list[Tokens], is_scored: bool) -> None:
     """All stages that may be scored."""
     for stage, tokens in zip(model.stages[:-1], inputs, strict=False):
-        stage(tokens, is_scored)
+        seen, _ = stage(tokens, is_scored)
+        if is_scored:
+            stage(seen, is_scored, is_rest=True)
 
 
 def table_of(model: iret.Iret, rungs: dict[float, int]) -> OperatingPoints:
@@ -201,7 +216,10 @@ def measure(rounds: int) -> Measured:
                 compiled, inputs, is_scored
             )
         functions[f"run {ratio}"] = lambda thresholds=thresholds: model.run(images, thresholds)
-        functions[f"ceiling {ratio}"] = lambda counts=counts: static_forward(model, images, counts)
+        for name, is_cut in (("ceiling", False), ("cut ceiling", True)):
+            functions[f"{name} {ratio}"] = lambda counts=counts, is_cut=is_cut: static_forward(
+                model, images, counts, is_cut=is_cut
+            )
     model.points = compiled.points = table_of(model, rungs)
     every = [torch.randn(1, model.shape.num_patches + 1, dim) for dim in model.shape.embed_dims]
     functions["blocks"] = lambda: blocks_alone(model, every)
@@ -269,9 +287,9 @@ def report(measured: list[Measured]) -> list[str]:
         return f"{statistics.median(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
 
     lines = [
-        "| MAC ratio | patches | time (ms) | ceiling (ms) | ceiling / time | choosing | share | its ceiling | run (ms) "
-        "| compiled (ms) | ceiling / compiled | choosing compiled | share compiled |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| MAC ratio | patches | time (ms) | ceiling (ms) | ceiling / time | cut ceiling / time | choosing | share | its ceiling "
+        "| run (ms) | compiled (ms) | ceiling / compiled | choosing compiled | share compiled |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for ratio, counts in first.counts_of.items():
         real = first.macs_of[1.0] / first.macs_of[ratio]
@@ -284,7 +302,8 @@ def report(measured: list[Measured]) -> list[str]:
 
         budget, ceiling, compiled = (f"{kind} {ratio}" for kind in ("budget", "ceiling", "compiled"))
         cells = [f"{real:.2f}", "/".join(map(str, counts)), milliseconds(budget), milliseconds(ceiling)]
-        cells += [spread(ceiling, budget), choosing("budget"), share("budget"), share("ceiling")]
+        cells += [spread(ceiling, budget), spread(f"cut {ceiling}", budget), choosing("budget")]
+        cells += [share("budget"), share("ceiling")]
         cells += [milliseconds(f"run {ratio}"), milliseconds(compiled), spread(ceiling, compiled)]
         cells += [choosing("compiled"), share("compiled")]
         lines.append("| " + " | ".join(cells) + " |")

@@ -110,7 +110,7 @@ class FixedCounts(nn.Module):
                 tokens, _ = stages[index](keep_best(tokens, received, kept), is_scored, is_rest=True)
             tokens = self.transit(index, tokens, patches)
         tokens, _ = stages[-1](tokens, is_scored=False)
-        return stages[-1].answer(tokens, is_scored=False)
+        return stages[-1].answer(tokens)
 
     def compile(self, *args, fullgraph: bool = True, dynamic: bool | None = False, **kwargs) -> None:
         """Compile all of it in place, with the options of `torch.compile`.

@@ -63,7 +63,7 @@ class Stage(nn.Module):
     def forward(
         self, tokens: Tokens, is_scored: bool, is_rest: bool = False
     ) -> tuple[Tokens, Float[Tensor, " T"] | None]:
-        """After all blocks, and, if scored, what attention patches received; the last MLP is then the rest, for those that stay."""
+        """After all blocks and, if scored, the attention patches received; the last MLP is then the rest, for those that stay."""
         if is_rest:
             return tokens.with_x(self.blocks[-1].think(tokens.x_TD, tokens)), None
         is_dense = tokens.is_even and tokens.size_T is None
@@ -76,7 +76,7 @@ class Stage(nn.Module):
                 found.append(evidence.logits)
         return tokens.with_x(x.flatten(0, -2)), receive(found, tokens, self.head_shares) if found else None
 
-    def answer(self, tokens: Tokens, is_scored: bool) -> Float[Tensor, "B classes"]:
+    def answer(self, tokens: Tokens, is_scored: bool = False) -> Float[Tensor, "B classes"]:
         """`is_scored`: the tokens were, and class tokens still need the rest."""
         first_BD = tokens.x_TD[:1] if tokens.batch_size == 1 else tokens.x_TD[tokens.starts[:-1]]
         if is_scored:

@@ -206,7 +206,9 @@ def test_a_run_passes_the_stages_as_python_s_session_does(tmp_path):
         assert answer["logits"] == out.logits[0].tolist(), each
         assert (answer["macs"], answer["exitStage"]) == (out.macs[0], out.trace.exit_stage[0]), each
         counts = (grids.sum(1)[: answer["exitStage"] + 1].tolist() for grids in (kept, refined))
-        joules = estimate_work(bundle.shape, "float32", answer["macs"], *counts, scored=each["budget"] not in (None, 1.0))
+        joules = estimate_work(
+            bundle.shape, "float32", answer["macs"], *counts, scored=each["budget"] not in (None, 1.0)
+        )
         assert answer["joules"] == pytest.approx(joules, rel=1e-12), each
         exits.add(answer["exitStage"])
     assert exits == {0, 1, 2}
