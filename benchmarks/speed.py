@@ -3,12 +3,12 @@
 For each MAC ratio two things run in turn on the same image: `model(images, budget=)` at thresholds that give that ratio, and the
 *ceiling*, the same blocks at the same token counts on dense tensors, nothing scored, selected or gathered (fixed slices). At the
 full count the ceiling is the *plain* model, against which `model(images)` is held; the blocks alone, without embedding,
-transitions and head, are timed beside it. The *cut ceiling* slices where the model chooses, before the last MLP of a stage, which
-blocks at static counts do not: it does the same multiplications as the model, and no others. Choosing (scoring, rules, gathering) is also timed
-inside. `model.run`, which also answers at every stage and keeps the trace, is timed beside it, and the same budget after
-`model.compile()`, held against the same eager ceiling. What scoring takes in a compiled graph is the time of its stages with
-it, no patch dropped, less that without. Processes differ by where their weights lie in memory, so all of it is done in several, one after another,
-and what is reported is their median.
+transitions and head, are timed beside it. The *cut ceiling* slices where the model chooses, before the last MLP of a stage: it
+multiplies what the model does, and nothing else. Choosing (scoring, rules, gathering) is also timed inside. `model.run`, which
+also answers at every stage and keeps the trace, is timed beside it, and the same budget after `model.compile()`, held against the
+same eager ceiling. What scoring takes in a compiled graph is the time of its stages with it, no patch dropped, less that without.
+Processes differ by where their weights lie in memory, so all of it is done in several, one after another, and what is reported is
+their median.
 
     python benchmarks/speed.py --out results/...     takes about eight minutes; run it alone on the machine
 """

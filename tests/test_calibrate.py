@@ -281,7 +281,7 @@ def relabelled(data: ImageData) -> ImageData:
     return ImageData(data.rows, read, data.class_names, data.preprocess, "skip")
 
 
-def test_everything_that_decides_what_an_evaluation_gives_is_in_the_fingerprint():
+def test_everything_that_decides_what_an_evaluation_gives_is_in_the_fingerprint(monkeypatch):
     model, other, normalised, scored = (make_model() for _ in range(4))
     data = make_data(model)
     other.patch_embed.weight.data[0, 0] += 0.3
@@ -297,6 +297,8 @@ def test_everything_that_decides_what_an_evaluation_gives_is_in_the_fingerprint(
     }
     assert len(found) == 6
     assert fingerprint_of(make_model(), make_data(model)) == fingerprint_of(model, data)
+    monkeypatch.setattr(calibrate_module, "coefficients", lambda *_, **__: "as another version counts")
+    assert fingerprint_of(model, data) not in found
 
 
 def test_data_of_the_same_name_with_one_label_changed_is_searched_anew(tmp_path):

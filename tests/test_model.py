@@ -22,7 +22,7 @@ from iret.model import Iret
 from iret.precision import PRECISIONS, prepare
 from iret.runtime.cost import LIFTINGS, full_macs, macs
 from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, Point, Setting
-from iret.tokens import pack
+from iret.tokens import Tokens, pack
 from iret.vit import lay_out
 
 ROUNDING = 2e-5  # float32 through three stages, logits of a few units
@@ -403,6 +403,42 @@ def test_a_dropped_patch_computes_nothing_any_more():
         stage.blocks[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[:-1].numel()))
     out = model.run(images, 0.9)
     assert widths == [sum(stage) + 4 for stage in kept_counts(out)]
+
+
+@pytest.mark.parametrize("has_exits", [False, True])
+def test_the_last_mlp_of_a_stage_is_for_the_class_token_and_what_stays(has_exits):
+    model, images = make_model(), make_images()
+    widths = {}
+    for index, stage in enumerate(model.stages):
+        note = lambda _, args, index=index: widths.setdefault(index, []).append(args[0].shape[:-1].numel())  # noqa: E731
+        stage.blocks[-1].mlp.register_forward_pre_hook(note)
+    out = model.run(images, 0.9, 1.1 if has_exits else None)
+    _, second, third = (sum(stage) + 4 for stage in kept_counts(out))
+    assert widths == {0: [4, second], 1: [4, third], 2: [third]}
+
+    widths.clear()
+    model.look(images, np.full((4, 2, 2), 0.9))  # no head but the last answers
+    assert widths == {0: [second], 1: [third], 2: [third]}
+
+    widths.clear()
+    model.run(images, 0.9, 0.0)
+    assert widths == {0: [4]}, "an image that leaves needs it for its class token alone"
+
+
+def test_a_stage_and_its_rest_are_the_whole_stage():
+    model = make_model()
+    for stage, dim in zip(model.stages[:-1], model.shape.embed_dims[:-1], strict=True):
+        even = pack(torch.randn(2, 25, dim))
+        uneven = Tokens(even.x_TD[:34], even.cell_T[:34], torch.tensor([0, 25, 34]), is_even=False)
+        for tokens in (even, uneven):
+            whole, nothing = stage(tokens, is_scored=False)
+            seen, received = stage(tokens, is_scored=True)
+            rest, _ = stage(seen, is_scored=True, is_rest=True)
+            assert nothing is None and received is not None
+            torch.testing.assert_close(rest.x_TD, whole.x_TD, rtol=0, atol=ROUNDING)
+            assert not torch.allclose(seen.x_TD, whole.x_TD, rtol=0, atol=100 * ROUNDING)
+            answers = stage.answer(whole), stage.answer(seen, is_scored=True)
+            torch.testing.assert_close(*answers, rtol=0, atol=ROUNDING)
 
 
 def test_details_are_computed_for_refined_patches_only():
