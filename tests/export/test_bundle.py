@@ -63,7 +63,7 @@ def copy_graphs(folder: Path, monkeypatch) -> None:
     """In place of tracing: graphs are those of the bundle `folder`, whatever the model; int8 where they are calibrated."""
 
     def write(module, inputs, axes, path, calls=None):
-        shutil.copy(folder / f"stage_{int(len(inputs) > 1)}.onnx", path)
+        onnx.save(onnx.load(folder / f"stage_{int(len(inputs) > 1)}.onnx"), path)  # with the weights that it shares
         if calls is not None:
             quantize_onnx(path, calls)
 
@@ -183,6 +183,34 @@ def test_the_other_forms_answer_the_same(tmp_path, form):
         assert [each.name for each in outputs] == ["logits", "kept_1", "refined_1", "importance_1"]
 
 
+@pytest.mark.parametrize("form", [Form(), Form(buckets=(6, 12)), Form(int8=True)], ids=str)
+def test_weights_that_several_graphs_hold_are_kept_once(tmp_path, form):
+    model, folder = make_model(embed_dims=(64, 96), head_dim=32), tmp_path / "bundle"
+    bundle, parity = export(model, folder, form=form, images=make_images())
+    assert parity.problem is None
+    assert exporting.check(model, folder, engine="openvino").problem is None
+    assert "weights.bin" in bundle.checksums
+    large = []
+    for graph in (each for stage in bundle.stages for each in stage):
+        tensors = onnx.load(folder / graph.file).graph.initializer  # with what other files hold of it
+        large += [each.raw_data for each in tensors if len(each.raw_data) >= 16_384]
+    assert len(large) > len(set(large)), "some are in two graphs"
+    written = sum((folder / name).stat().st_size for name in bundle.checksums)
+    assert (folder / "weights.bin").stat().st_size == sum(map(len, {each for each in large if large.count(each) > 1}))
+    assert written < sum(map(len, large)) or form.int8  # whose graphs have more nodes than weights, so small a model
+    (folder / "weights.bin").unlink()
+    with pytest.raises(ValueError, match="weights.bin is missing; a bundle is moved as a whole folder"):
+        Session(folder)
+
+
+def test_a_single_graph_shares_with_nobody_and_has_no_rest_of_a_head(tmp_path):
+    model, folder = make_model(embed_dims=(64, 96), head_dim=32), tmp_path / "bundle"
+    bundle, _ = export(model, folder, form=Form(single_graph=True))
+    assert "weights.bin" not in bundle.checksums
+    sizes = [len(each.raw_data) for each in onnx.load(folder / "model.onnx").graph.initializer]
+    assert sizes.count(4 * 4 * 64**2) == 2 * model.shape.depths[0]  # fc1 and fc2 of each block of the first stage
+
+
 @pytest.mark.parametrize("is_single", [False, True])
 def test_convolutions_in_an_engine_answer_the_same(tmp_path, is_single):
     form = Form(convolutions=True, single_graph=is_single)
@@ -268,6 +296,7 @@ def test_a_folder_with_more_than_a_bundle_is_left_alone(tmp_path):
 def test_what_a_save_that_was_killed_left_does_not_bar_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "check", lambda *args: Parity())
     monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
+    monkeypatch.setattr(exporting, "share_weights", lambda paths: None)
     export(make_model(), tmp_path / "bundle")
     (tmp_path / "bundle" / f".{FILE_NAME}.4711").write_text("{")
     export(make_model(), tmp_path / "bundle")
@@ -300,6 +329,7 @@ def test_a_bundle_that_differs_is_not_kept_and_an_older_one_stays(traced, tmp_pa
 def test_an_older_bundle_is_replaced_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "check", lambda *args: Parity())
     monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
+    monkeypatch.setattr(exporting, "share_weights", lambda paths: None)
     export(make_model(), tmp_path / "bundle", form=Form(buckets=(6,)))
     export(make_model(), tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
@@ -313,6 +343,7 @@ def test_the_same_bundle_written_again_keeps_what_was_measured_of_it_and_another
     monkeypatch.setattr(exporting, "check", lambda *args: Parity())
     content = [b"graph"]
     monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(content[0])))
+    monkeypatch.setattr(exporting, "share_weights", lambda paths: None)
     model, out, said = make_model(), tmp_path / "bundle", []
     full = float(full_macs(model.shape))
     point = Point(thresholds=((0.0, 0.0),), accuracy=0.5, macs_mean=full, macs_p95=full, kept_mean=(12.0,) * 2)
@@ -336,6 +367,7 @@ def test_the_same_bundle_written_again_keeps_what_was_measured_of_it_and_another
 def test_a_graph_that_the_engine_cannot_load_is_refused_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "check", lambda *args: Parity())
     monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
+    monkeypatch.setattr(exporting, "share_weights", lambda paths: None)
     export(make_model(), tmp_path / "bundle")
     for engine in ("onnxruntime", "openvino"):
         with pytest.raises(ValueError, match="cannot load"):
@@ -345,6 +377,7 @@ def test_a_graph_that_the_engine_cannot_load_is_refused_in_a_sentence(tmp_path, 
 def test_bundle_json_holds_what_a_device_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "check", lambda *args: replace(Parity(), compared=1))
     monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
+    monkeypatch.setattr(exporting, "share_weights", lambda paths: None)
     export(make_model(), tmp_path / "bundle")
     raw = json.loads((tmp_path / "bundle" / FILE_NAME).read_text())
     assert raw["labels"] == ["a", "b", "c", "d", "e"]

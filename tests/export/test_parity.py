@@ -227,6 +227,7 @@ def test_a_graph_that_differs_is_refused_and_leaves_nothing(
 
     monkeypatch.setattr(checking, "Session", open_session)
     monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_bytes(b"graph")))
+    monkeypatch.setattr(exporting, "share_weights", lambda paths: None)
     if not is_refused and np.isfinite(bias):
         _, parity = exporting.export(make_model(), tmp_path / "bundle")
         assert parity.logit_error == pytest.approx(1, abs=1e-4)
@@ -242,6 +243,7 @@ checking_session = checking.Session
 def test_graphs_that_changed_places_are_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "check", lambda *args: Parity())
     monkeypatch.setitem(exporting.WRITERS, "onnx", (".onnx", lambda *args: args[3].write_text(args[3].name)))
+    monkeypatch.setattr(exporting, "share_weights", lambda paths: None)
     bundle, _ = exporting.export(make_model(), tmp_path / "bundle")
     bundle.verify(tmp_path / "bundle")
     first, second = (tmp_path / "bundle" / f"stage_{index}.onnx" for index in (0, 1))

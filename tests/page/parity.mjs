@@ -17,8 +17,10 @@ ort.env.wasm.wasmPaths = { mjs: new URL("ort-wasm-simd-threaded.mjs", dist).href
 ort.env.wasm.wasmBinary = readFileSync(new URL("ort-wasm-simd-threaded.wasm", dist));
 
 const bundle = JSON.parse(readFileSync(join(folder, "bundle.json"), "utf8"));
+const read = (file) => new Uint8Array(readFileSync(join(folder, file)));
+const shared = "weights.bin" in bundle.checksums ? [{ path: "weights.bin", data: read("weights.bin") }] : [];
 const graphs = [];
-for (const [{ file }] of bundle.stages) graphs.push(await openGraph(ort, new Uint8Array(readFileSync(join(folder, file)))));
+for (const [{ file }] of bundle.stages) graphs.push(await openGraph(ort, read(file), shared));
 const session = new Session(bundle, graphs);
 const { pixels, settings } = JSON.parse(readFileSync(requests, "utf8"));
 const found = [];

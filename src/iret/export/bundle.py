@@ -24,7 +24,7 @@ from iret.export.graphs import FirstStage, LaterStage, SingleGraph
 from iret.export.int8 import Calls, record_inputs
 from iret.export.parity import Parity, check, settings
 from iret.export.points import points_of
-from iret.export.targets import WRITERS, Axes
+from iret.export.targets import WRITERS, Axes, share_weights
 from iret.model import Iret
 from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum, replace_folder
 from iret.runtime.points import OperatingPoints
@@ -134,6 +134,8 @@ def _write(
         with torch.no_grad():
             write(job.graph, job.inputs, job.axes, folder / name, None if calls is None else calls[name])
         stages.setdefault(job.stage, []).append(GraphFile(name, job.tokens))
+    if kind == "onnx":
+        share_weights([folder / graph.file for graphs in stages.values() for graph in graphs])
     if model.labels:
         (folder / LABELS_NAME).write_text("\n".join(model.labels) + "\n", encoding="utf-8")
     bundle = Bundle(

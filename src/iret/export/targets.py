@@ -7,7 +7,8 @@ boards. What was tried and on which versions: docs/export.md.
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from iret.runtime.engines import import_or_say
 
 # Opset 20 is the first with Gelu; ONNX Runtime 1.20 and OpenVINO 2024.5 read it.
 OPSET = 20
+SHARED_NAME = "weights.bin"  # `serve/page/worker.js` knows it, too
+SHARED_ALIGNMENT = 4096  # bytes, so that ONNX Runtime can map them
+MIN_SHARED = 16_384  # bytes; smaller ones are not worth a look into another file
 
 Axes = tuple[dict[int, Any], ...]  # per input: dimension -> torch.export.Dim; a dimension that is not named is fixed
 
@@ -43,6 +47,35 @@ def write_onnx(
         program.save(str(path), external_data=False)
         if calls is not None:
             quantize_onnx(path, calls)
+
+
+def share_weights(paths: Sequence[Path]) -> None:
+    """Move weights that several of these ONNX files hold into one file beside them, from which all of them read.
+
+    The last MLP of a stage is in two graphs: a head asks for it at once, the tokens that stay in the next.
+    """
+    onnx = import_or_say("onnx", "export")
+    models = {path: onnx.load(path) for path in paths}
+    tensors = [
+        each for model in models.values() for each in model.graph.initializer if len(each.raw_data) >= MIN_SHARED
+    ]
+    times = Counter(each.raw_data for each in tensors)
+    if max(times.values(), default=1) == 1:
+        return
+    offsets: dict[bytes, int] = {}
+    with (paths[0].parent / SHARED_NAME).open("wb") as file:
+        for tensor in tensors:
+            data = tensor.raw_data
+            if times[data] == 1:
+                continue
+            if data not in offsets:
+                file.write(bytes(-file.tell() % SHARED_ALIGNMENT))
+                offsets[data] = file.tell()
+                file.write(data)
+            onnx.external_data_helper.set_external_data(tensor, SHARED_NAME, offsets[data], len(data))
+            tensor.ClearField("raw_data")
+    for path, model in models.items():
+        path.write_bytes(model.SerializeToString())
 
 
 def write_openvino(

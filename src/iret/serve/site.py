@@ -155,7 +155,7 @@ def _write_page(folder: Path, examples: list[tuple[Path, dict[str, str]]]) -> No
     for path, entry in examples:
         shutil.copyfile(path, folder / "page" / "photos" / entry["file"])
     (folder / "page" / "photos.json").write_text(json.dumps([entry for _, entry in examples]) + "\n")
-    loaded = [*(folder / "bundle").glob("*.onnx"), *(folder / "ort").glob("*.wasm")]
+    loaded = [*(folder / "bundle").glob("*.onnx"), *(folder / "bundle").glob("*.bin"), *(folder / "ort").glob("*.wasm")]
     total = sum(path.stat().st_size for path in loaded)  # what the bar of progress counts
     (folder / SITE_NAME).write_text(json.dumps({"total": total}) + "\n")
     index = (PAGE / "index.html").read_text()

@@ -2,9 +2,10 @@
 
 const TYPES = new Map([[Float32Array, "float32"], [BigInt64Array, "int64"]]);
 
-/** `ort` is the module, `bytes` the Uint8Array of an ONNX file. What the engine throws becomes a sentence. */
-export async function openGraph(ort, bytes) {
-  const options = { executionProviders: ["wasm"], logSeverityLevel: 3 };
+/** `ort` is the module, `bytes` the Uint8Array of an ONNX file, `externalData` of those it reads weights from, [{ path, data }].
+ * What the engine throws becomes a sentence. */
+export async function openGraph(ort, bytes, externalData = []) {
+  const options = { executionProviders: ["wasm"], logSeverityLevel: 3, externalData };
   const session = await said("could not open the model", () => ort.InferenceSession.create(bytes, options));
   return async (inputs) => {
     const feeds = {};

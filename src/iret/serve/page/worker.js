@@ -7,6 +7,7 @@ import { Session, softmax, whyNot } from "./session.js";
 
 const TOP = 5;
 const ORT = "ort/ort.wasm.min.js";
+const SHARED = "weights.bin"; // that several graphs read; `iret.export.targets`
 const here = (path) => new URL(`../${path}`, import.meta.url).href;
 let session = null;
 
@@ -30,12 +31,14 @@ async function open() {
   ort.env.wasm.numThreads = 1; // more need headers that a plain static server does not send
   ort.env.wasm.wasmPaths = { mjs: here("ort/ort-wasm-simd-threaded.js") };
   ort.env.wasm.wasmBinary = await download("ort/ort-wasm-simd-threaded.wasm", count);
-  const graphs = [];
-  for (const file of files) {
+  const read = async (file) => {
     const bytes = await download(`bundle/${file}`, count);
     await verify(file, bytes, bundle.checksums[file]);
-    graphs.push(await openGraph(ort, bytes));
-  }
+    return bytes;
+  };
+  const shared = SHARED in bundle.checksums ? [{ path: SHARED, data: await read(SHARED) }] : [];
+  const graphs = [];
+  for (const file of files) graphs.push(await openGraph(ort, await read(file), shared));
   session = new Session(bundle, graphs);
   await session.run(new Float32Array(bundle.shape.in_chans * bundle.shape.img_size[0] * bundle.shape.img_size[1]));
   return describe(bundle, `onnxruntime-web ${ort.env.versions.web}, WebAssembly, 1 thread`);
