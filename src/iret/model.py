@@ -2,7 +2,7 @@
 
     image -> patches -> update steps (lifting) -> coarse band of every patch
       stage 1  blocks on all patches, thin tokens; the class token's attention says what matters   -> head 1
-      transition: drop below the keep threshold, widen the rest, add details above the refine threshold
+      transition: drop below the keep threshold, and only then the stage's last MLP; widen, add details above the refine threshold
       stage 2  wider blocks on fewer tokens                                                        -> head 2
       ...      until the last stage                                                                -> head S
 
