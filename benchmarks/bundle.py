@@ -6,7 +6,7 @@ bundle    stage by stage through `iret.Session`: everything kept, and with thres
 convolved the same from a bundle of `iret export --convolutions`, on ONNX Runtime
 single    the same through `iret.Session` from a bundle of one graph, which chooses itself (`iret export --single-graph`)
 int8      the same from an int8 bundle of stages (`iret export --int8`), on ONNX Runtime
-ceiling   one static graph of the bundle's own blocks at its counts, which scores, chooses and gathers nothing
+ceiling   one static graph of the bundle's own blocks, whole, at its counts, which scores, chooses and gathers nothing
           (`convolved ceiling`: of the convolved bundle's blocks)
 
 Every bundle and every static graph is alone in a process, as on a device, and processes take turns, `--processes` times,
@@ -36,7 +36,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
 import torch
-from speed import thresholds_for
+from speed import thresholds_for, whole_macs
 from torch import Tensor, nn
 
 import iret
@@ -114,13 +114,16 @@ def trained_looking(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_jobs(engine: str, ratios: Sequence[float], model: iret.Iret, scratch: Path) -> dict[str, dict[str, Any]]:
-    """What `alone.py` is asked on one engine, by name; its files are in `scratch`."""
+def make_jobs(
+    engine: str, ratios: Sequence[float], model: iret.Iret, scratch: Path
+) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """What `alone.py` is asked on one engine, by name, and MACs of the ceilings; files are in `scratch`."""
     kind = KINDS[engine]
     extension, write = WRITERS[kind]
     image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     np.save(scratch / "image.npy", image.numpy())
     jobs: dict[str, dict[str, Any]] = {}
+    whole: dict[str, int] = {}
     ceilings = {CEILING_OF[form]: FORMS[form].convolutions for form in FORMS_OF[engine] if form in CEILING_OF}
     graphs = {"static": Static(model).eval(), "deit_s": trained_looking(VisionTransformer()).eval()}
     with torch.no_grad():
@@ -133,6 +136,7 @@ def make_jobs(engine: str, ratios: Sequence[float], model: iret.Iret, scratch: P
             jobs[name] = {"bundle": str(folder), "settings": settings}
         for asked, each in settings.items():
             kept = iret.Session(scratch / "bundle", engine)(image.numpy(), thresholds=each).trace.kept
+            whole[asked] = whole_macs(model.shape, kept.sum((1, 2, 3)).tolist())
             for name, is_convolved in ceilings.items():
                 graphs[f"{name} {asked}"] = Ceiling(model, kept.sum((1, 2, 3)).tolist(), is_convolved).eval()
         for name, graph in graphs.items():
@@ -140,7 +144,7 @@ def make_jobs(engine: str, ratios: Sequence[float], model: iret.Iret, scratch: P
             write(graph, (image,), None, path)
             jobs[name] = {"graph": str(path)}
     common = {"engine": engine, "images": str(scratch / "image.npy")}
-    return {name: common | job for name, job in jobs.items()}
+    return {name: common | job for name, job in jobs.items()}, whole
 
 
 def ask(name: str, job: dict[str, Any], scratch: Path) -> dict[str, Any]:
@@ -153,8 +157,13 @@ def ask(name: str, job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-def rows_of(engine: str, found: dict[str, list[dict[str, Any]]], every_mac: int) -> list[dict[str, Any]]:
-    """The table of one engine, from what the processes of each name answered; what is an array has an entry a turn."""
+def rows_of(
+    engine: str, found: dict[str, list[dict[str, Any]]], every_mac: int, whole: dict[str, int]
+) -> list[dict[str, Any]]:
+    """The table of one engine, from what the processes of each name answered; what is an array has an entry a turn.
+
+    `whole`: MACs of the ceilings.
+    """
     ms = {
         f"{name} {asked}".strip(): np.array([1e3 * median(each["seconds"][asked]) for each in answers])
         for name, answers in found.items()
@@ -166,7 +175,7 @@ def rows_of(engine: str, found: dict[str, list[dict[str, Any]]], every_mac: int)
         form, _, asked = name.rpartition(" ")
         row = {"engine": engine, "what": name, "ms": own, "over_static": own / ms["static"]}
         if form in FORMS or form in CEILING_OF.values():
-            macs = spent[form if form in FORMS else "bundle"][asked]
+            macs = (spent[form] if form in FORMS else whole)[asked]
             ratio = every_mac / macs if asked != "1" else 1.0
             row["share"] = ms[f"{form} 1"] / own / ratio
         if form in FORMS:
@@ -218,13 +227,13 @@ def main() -> None:
     rows, raw = [], []
     for engine in args.engines:
         with tempfile.TemporaryDirectory() as scratch:
-            jobs = make_jobs(engine, args.ratios, model, Path(scratch))
+            jobs, whole = make_jobs(engine, args.ratios, model, Path(scratch))
             found: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
             for turn in range(args.processes):
                 order = list(jobs) if turn % 2 == 0 else list(jobs)[::-1]
                 for name in order:
                     found[name].append(ask(name, jobs[name] | {"rounds": args.rounds}, Path(scratch)))
-        rows += rows_of(engine, found, full_macs(model.shape))
+        rows += rows_of(engine, found, full_macs(model.shape), whole)
         raw += [
             (engine, f"{name} {asked}".strip(), process, place, f"{seconds:.9f}")
             for name, answers in found.items()

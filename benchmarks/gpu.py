@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from batch import mean_macs, vit_macs
+from speed import without_last_mlp
 from torch import Tensor, nn
 
 import iret
@@ -41,7 +42,7 @@ Calls = dict[str, Callable[[], object]]
 
 
 class Ceiling(nn.Module):
-    """The layers of `fixed` at its counts: the first patches, nothing scored or chosen, no token gathered."""
+    """The layers of `fixed` at its counts, cut where it cuts: the first patches, nothing scored or chosen, no token gathered."""
 
     def __init__(self, fixed: FixedCounts) -> None:
         super().__init__()
@@ -50,9 +51,13 @@ class Ceiling(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         stages = self.fixed.model.stages
         tokens, patches = self.fixed.embed(images)
-        for index, kept in enumerate(self.fixed.kept):
-            tokens, _ = stages[index](tokens, is_scored=False)
-            x_BND = tokens.x_TD.unflatten(0, (len(images), -1))[:, : 1 + kept]
+        for index, (kept, refined) in enumerate(zip(self.fixed.kept, self.fixed.refined, strict=True)):
+            stage, x_BND = stages[index], tokens.x_TD.unflatten(0, (len(images), -1))
+            if min(kept, refined) < tokens.width - 1:
+                x_BND = stage.blocks[-1].mlp_half(without_last_mlp(stage, x_BND)[:, : 1 + kept], None)
+            else:
+                tokens, _ = stage(tokens, is_scored=False)
+                x_BND = tokens.x_TD.unflatten(0, (len(images), -1))
             tokens = self.fixed.transit(index, pack(x_BND), patches)
         tokens, _ = stages[-1](tokens, is_scored=False)
         return stages[-1].answer(tokens)

@@ -4,11 +4,11 @@ For each MAC ratio two things run in turn on the same image: `model(images, budg
 *ceiling*, the same blocks at the same token counts on dense tensors, nothing scored, selected or gathered (fixed slices). At the
 full count the ceiling is the *plain* model, against which `model(images)` is held; the blocks alone, without embedding,
 transitions and head, are timed beside it. The *cut ceiling* slices where the model chooses, before the last MLP of a stage: it
-multiplies what the model does, and nothing else. Choosing (scoring, rules, gathering) is also timed inside. `model.run`, which
-also answers at every stage and keeps the trace, is timed beside it, and the same budget after `model.compile()`, held against the
-same eager ceiling. What scoring takes in a compiled graph is the time of its stages with it, no patch dropped, less that without.
-Processes differ by where their weights lie in memory, so all of it is done in several, one after another, and what is reported is
-their median.
+multiplies what the model does, but for scoring, and nothing else; "its ceiling" is its share. Choosing (scoring, rules,
+gathering) is also timed inside. `model.run`, which also answers at every stage and keeps the trace, is timed beside it, and the
+same budget after `model.compile()`, held against the same eager ceiling. What scoring takes in a compiled graph is the time of
+its stages with it, no patch dropped, less that without. Processes differ by where their weights lie in memory, so all of it is
+done in several, one after another, and what is reported is their median.
 
     python benchmarks/speed.py --out results/...     takes about eight minutes; run it alone on the machine
 """
@@ -22,7 +22,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -37,7 +37,7 @@ import iret.model
 import iret.vit
 from iret import doctor
 from iret.precision import prepare
-from iret.runtime.cost import full_macs
+from iret.runtime.cost import Shape, full_macs, stage_macs
 from iret.runtime.points import OperatingPoints, Point
 from iret.tokens import Tokens, pack
 
@@ -47,11 +47,11 @@ Samples = dict[str, list[tuple[float, float]]]
 ON_HOST = ("to_importance", "replace_importance", "choose", "select")
 
 
-def without_last_mlp(stage: iret.model.Stage, x: Tensor, tokens: Tokens | None = None) -> Tensor:
+def without_last_mlp(stage: iret.model.Stage, x: Tensor) -> Tensor:
     """The blocks of a stage but for what is left to the tokens that stay, nothing scored."""
     for block in stage.blocks[:-1]:
-        x, _ = block(x, tokens)
-    return stage.blocks[-1].attend(x, tokens, None)[0]
+        x, _ = block(x)
+    return stage.blocks[-1].attention_half(x, None, None)[0]
 
 
 def static_forward(model: iret.Iret, images: Tensor, counts: list[int], *, is_cut: bool) -> Tensor:
@@ -63,7 +63,7 @@ def static_forward(model: iret.Iret, images: Tensor, counts: list[int], *, is_cu
             transition, level = model.transitions[index - 1], model.shape.detail_level(index)
             x = x[:, : count + 1]
             if is_cut:
-                x = model.stages[index - 1].blocks[-1].think(x, None)
+                x = model.stages[index - 1].blocks[-1].mlp_half(x, None)
             details = model.lifting.details(patches[:count], level)
             x = transition.widen(transition.norm(x)) + transition.pos_embed[:, : count + 1]
             x[:, 1:] += transition.detail_embed(transition.detail_norm(details.flatten(1)))
@@ -73,6 +73,15 @@ def static_forward(model: iret.Iret, images: Tensor, counts: list[int], *, is_cu
         for block in stage.blocks:
             x, _ = block(x)
     return model.stages[-1].head(model.stages[-1].norm(x[:, 0]))
+
+
+def whole_macs(shape: Shape, counts: Sequence[int]) -> int:
+    """MACs of a ceiling: whole blocks at these counts of patches, the last head."""
+    last = len(counts) - 1
+    each = (
+        stage_macs(shape, stage, count, count, scored=False, head=stage == last) for stage, count in enumerate(counts)
+    )
+    return int(sum(each))
 
 
 def blocks_alone(model: iret.Iret, inputs: list[Tensor]) -> Tensor:
@@ -303,7 +312,7 @@ def report(measured: list[Measured]) -> list[str]:
         budget, ceiling, compiled = (f"{kind} {ratio}" for kind in ("budget", "ceiling", "compiled"))
         cells = [f"{real:.2f}", "/".join(map(str, counts)), milliseconds(budget), milliseconds(ceiling)]
         cells += [spread(ceiling, budget), spread(f"cut {ceiling}", budget), choosing("budget")]
-        cells += [share("budget"), share("ceiling")]
+        cells += [share("budget"), share("cut ceiling")]
         cells += [milliseconds(f"run {ratio}"), milliseconds(compiled), spread(ceiling, compiled)]
         cells += [choosing("compiled"), share("compiled")]
         lines.append("| " + " | ".join(cells) + " |")

@@ -158,7 +158,10 @@ def test_it_keeps_the_mode_and_the_weights_of_its_model(lifting):
 
 
 @pytest.mark.parametrize("options", [{}, {"lifting": "haar"}, {"importance": "column"}])
-@pytest.mark.parametrize(("kept", "refined"), [((12, 12), None), ((9, 6), None), ((9, 6), (7, 4)), ((12, 6), (11, 6))])
+@pytest.mark.parametrize(
+    ("kept", "refined"),
+    [((12, 12), None), ((9, 6), None), ((9, 9), None), ((12, 6), None), ((9, 6), (7, 4)), ((12, 6), (11, 6))],
+)
 @torch.no_grad()
 def test_macs_are_those_that_are_counted(kept, refined, options):
     fixed = FixedCounts(make_model(**options), kept, refined)

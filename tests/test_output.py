@@ -87,9 +87,8 @@ def test_a_stage_that_nobody_reached_is_there_and_empty():
 def test_what_choosing_costs_is_counted_once_tokens_were_chosen(scored):
     answers = torch.zeros(3, 2)
     out = record((EVERYONE, answers), (EVERYONE, answers), scored=scored)
-    scoring = (
-        6 * 8 + 8 * 8 * 8
-    )  # a row of attention over 6 patches of 8 channels; the first head's own MLP of a class token
+    # A row of attention over 6 patches of 8 channels; the first head's own MLP of a class token.
+    scoring = 6 * 8 + 8 * 8 * 8
     assert out.macs.tolist() == [full_macs(SHAPE) + 8 * 2 + scoring * scored] * 3
 
 

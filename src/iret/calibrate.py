@@ -109,7 +109,7 @@ def fingerprint(model: Iret, batches: Sequence[tuple[Tensor, Tensor]]) -> str:
     Search files with another are not believed.
     """
     digest = hashlib.sha256(to_safetensors(model.state_dict()))
-    costs = coefficients(model.shape, scored=True)  # of another version of iret, perhaps others
+    costs = coefficients(model.shape, scored=True)  # another version of iret may count otherwise
     digest.update(json.dumps([asdict(model.shape), costs, model.attention, model.preprocessing.to_dict()]).encode())
     for batch in batches:
         for part in batch:

@@ -106,7 +106,7 @@ class FixedCounts(nn.Module):
             live = tokens.width - 1
             is_scored = min(kept, refined) < live
             tokens, received = stages[index](tokens, is_scored)
-            if received is not None:
+            if is_scored:
                 tokens, _ = stages[index](keep_best(tokens, received, kept), is_scored, is_rest=True)
             tokens = self.transit(index, tokens, patches)
         tokens, _ = stages[-1](tokens, is_scored=False)

@@ -39,7 +39,7 @@ from iret.vit import NORM_EPS, Block, init_linear, sincos_positions
 
 Budget = float | Sequence[float] | np.ndarray | Tensor  # one for all images, or one an image
 
-MAX_GRAPHS = 64  # of compiled models; torch would stop at 8
+MAX_GRAPHS = 128  # of compiled models; torch would stop at 8
 
 
 class Stage(nn.Module):
@@ -63,24 +63,24 @@ class Stage(nn.Module):
     def forward(
         self, tokens: Tokens, is_scored: bool, is_rest: bool = False
     ) -> tuple[Tokens, Float[Tensor, " T"] | None]:
-        """After all blocks and, if scored, the attention patches received; the last MLP is then the rest, for those that stay."""
+        """The tokens; if scored before the last MLP, and the attention received. `is_rest`: those that stay, after that MLP."""
         if is_rest:
-            return tokens.with_x(self.blocks[-1].think(tokens.x_TD, tokens)), None
+            return tokens.with_x(self.blocks[-1].mlp_half(tokens.x_TD, tokens)), None
         is_dense = tokens.is_even and tokens.size_T is None
         x = tokens.x_TD.unflatten(0, (tokens.batch_size, -1)) if is_dense else tokens.x_TD
         found, unscored = [], len(self.blocks) - self.num_scored if is_scored else len(self.blocks)
         for place, block in enumerate(self.blocks):
-            step = block.attend if is_scored and block is self.blocks[-1] else block
+            step = block.attention_half if is_scored and block is self.blocks[-1] else block
             x, evidence = step(x, None if is_dense else tokens, None if place < unscored else self.importance)
             if evidence is not None:
                 found.append(evidence.logits)
         return tokens.with_x(x.flatten(0, -2)), receive(found, tokens, self.head_shares) if found else None
 
     def answer(self, tokens: Tokens, is_scored: bool = False) -> Float[Tensor, "B classes"]:
-        """`is_scored`: the tokens were, and class tokens still need the rest."""
+        """Logits. `is_scored`: the tokens were, so class tokens pass the rest here; in training by a drop path of their own."""
         first_BD = tokens.x_TD[:1] if tokens.batch_size == 1 else tokens.x_TD[tokens.starts[:-1]]
         if is_scored:
-            first_BD = self.blocks[-1].think(first_BD[:, None], None)[:, 0]
+            first_BD = self.blocks[-1].mlp_half(first_BD[:, None], None)[:, 0]
         return self.head(self.norm(first_BD))
 
 
@@ -373,7 +373,7 @@ class Iret(Classifier):
         """Compile the blocks and transitions in place, with the options of `torch.compile`.
 
         Choosing stays eager, so no graph depends on how many tokens an image keeps. Graphs differ by stage, by whether it is
-        scored, and by batches of one, of equal and of different counts; more room is made for them.
+        scored or its rest, and by batches of one, of equal and of different counts; more room is made for them.
 
         Raises:
             ValueError: weights packed by `iret.precision.to_onednn`, which torch's compiler does not take.

@@ -98,18 +98,18 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None = None, importance: str | None = None
     ) -> tuple[Float[Tensor, "*tokens D"], Evidence | None]:
-        x, evidence = self.attend(x, tokens, importance)
-        return self.think(x, tokens), evidence
+        x, evidence = self.attention_half(x, tokens, importance)
+        return self.mlp_half(x, tokens), evidence
 
-    def attend(
+    def attention_half(
         self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None, importance: str | None
     ) -> tuple[Float[Tensor, "*tokens D"], Evidence | None]:
-        """The first half, in which tokens see each other."""
+        """The tokens after its first half, in which they see each other, and the evidence."""
         update, evidence = self.attn(self.norm1(x), tokens, importance)
         return x + self.drop_path(update, tokens), evidence
 
-    def think(self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None) -> Float[Tensor, "*tokens D"]:
-        """The second half, each token by itself."""
+    def mlp_half(self, x: Float[Tensor, "*tokens D"], tokens: Tokens | None) -> Float[Tensor, "*tokens D"]:
+        """The tokens after its second half, which takes each by itself."""
         return x + self.drop_path(self.mlp(self.norm2(x)), tokens)
 
 

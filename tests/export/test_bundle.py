@@ -203,6 +203,14 @@ def test_weights_that_several_graphs_hold_are_kept_once(tmp_path, form):
         Session(folder)
 
 
+def test_an_int8_bundle_keeps_no_weights_of_the_fp32_graphs_it_was_calibrated_with(tmp_path):
+    model = make_model(embed_dims=(32, 64), head_dim=32)  # 16 KiB a layer of the MLP in fp32, 4 in int8
+    plain, _ = export(model, tmp_path / "plain")
+    int8, _ = export(model, tmp_path / "int8", form=Form(int8=True), images=make_images())
+    assert "weights.bin" in plain.checksums
+    assert "weights.bin" not in int8.checksums and not (tmp_path / "int8" / "weights.bin").exists()
+
+
 def test_a_single_graph_shares_with_nobody_and_has_no_rest_of_a_head(tmp_path):
     model, folder = make_model(embed_dims=(64, 96), head_dim=32), tmp_path / "bundle"
     bundle, _ = export(model, folder, form=Form(single_graph=True))

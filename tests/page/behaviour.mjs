@@ -188,9 +188,12 @@ const scenarios = {
 
   async engines() {
     const feeds = { inputNames: [], outputNames: [], run: () => Promise.reject(5_283_016) };
-    const graph = await openGraph({ InferenceSession: { create: async () => feeds } }, new Uint8Array());
+    const given = [];
+    const create = async (_, options) => (given.push(options.externalData), feeds);
+    const shared = [{ path: "weights.bin", data: new Uint8Array(2) }];
+    const graph = await openGraph({ InferenceSession: { create } }, new Uint8Array(), shared);
     const broken = { InferenceSession: { create: () => Promise.reject(new Error("no such op")) } };
-    return { run: await sentence(graph([])), open: await sentence(openGraph(broken, new Uint8Array())) };
+    return { given: given[0] === shared, run: await sentence(graph([])), open: await sentence(openGraph(broken, new Uint8Array())) };
   },
 
   async sites() {

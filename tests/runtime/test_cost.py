@@ -228,9 +228,9 @@ def test_numbers_moved_by_hand():
     second = 2 * (12 * 32**2 + 16 * 9 * 32) + (32 * 2 + 32 + 2)
     between = (16 + 9 * 2**2) * 32 + 9 * (16 + 32) + 5 * (3 * 8**2 + 32)  # 8 kept, 5 of them refined
     assert numbers_moved(shape, (24, 8), (0, 5), scored=False) == embed + first + between + second
-    spared = (1 + 4 + 4 + 1) * 16 * (25 - 9 - 1) + (1 + 4 + 4 + 1) * 32 * (
+    spared = 10 * 16 * (25 - 9 - 1) + 10 * 32 * (
         9 - 1
-    )  # the second stage is the last it passed
+    )  # in and out of two layers; the image left after the second stage
     assert numbers_moved(shape, (24, 8), (0, 5), scored=True) == embed + first + between + second - spared
 
 

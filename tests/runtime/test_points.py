@@ -414,7 +414,8 @@ def change(**fields) -> str:
 def test_a_damaged_file_is_named_with_the_command_that_makes_a_new_one(tmp_path, text):
     (tmp_path / FILE_NAME).write_text(text)
     with pytest.raises(
-        ValueError, match=f"{FILE_NAME} is not a table of operating points .* move it away and run `iret calibrate`"
+        ValueError,
+        match=f"{FILE_NAME} is not a table of operating points .* run `iret calibrate` again, in a folder without it",
     ):
         OperatingPoints.read(tmp_path)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pretend import FULL, POINTS, PretendSession, photo
+from pretend import FULL, POINTS, SHAPE, PretendSession, photo
 
 from iret.runtime.points import DeviceTable, Plan
-from iret.runtime.timing import estimate_point
+from iret.runtime.timing import estimate_point, estimate_work
 from iret.serve.asks import Ask
 from iret.serve.computer import FORMATS, Computer, Job, Result, Supply, read_photo
 from iret.serve.refusal import Refusal
@@ -41,6 +41,9 @@ def test_images_of_different_budgets_share_one_call():
     assert [result.tokens for result in results] == [(16, 4, 4), (16, 16, 16), (16, 8, 8)]
     assert [(result.batch, result.exit_stage, result.kept) for result in results] == [(3, 2, None)] * 3
     assert results[0].joules < results[2].joules < results[1].joules
+    for result, scored in zip(results, (True, False, True), strict=True):
+        joules = estimate_work(SHAPE, "float32", result.macs, result.tokens, (0, *result.tokens[1:]), scored=scored)
+        assert result.joules == pytest.approx(joules)
 
 
 def test_an_image_with_a_deadline_goes_first_and_alone_with_what_is_left_of_it():

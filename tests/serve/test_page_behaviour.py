@@ -58,6 +58,7 @@ def test_a_file_is_sent_as_it_is_only_where_the_server_takes_it(found):
 
 
 def test_what_an_engine_throws_becomes_a_sentence(found):
+    assert found["engines"]["given"], "the engine gets the weights that graphs share"
     assert found["engines"]["run"] == "The engine failed on this photo (5283016); load the page again."
     assert found["engines"]["open"] == "The engine could not open the model (no such op); load the page again."
 

@@ -29,13 +29,14 @@ def bundle(tmp_path) -> Path:
 
 def write_bundle(folder: Path, **changes) -> Path:
     folder.mkdir()
-    names = ("stage_0.onnx", "stage_1.onnx")
+    graphs = ("stage_0.onnx", "stage_1.onnx")
+    names = (*graphs, "weights.bin")
     for name in names:
         (folder / name).write_bytes(name.encode())
     whole = Bundle(
         name="tiny", kind="onnx", is_single=False, precision="float32", shape=SHAPE, labels=None, points=None,
         preprocess=Preprocess(img_size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3), max_batch=None,
-        stages=tuple((GraphFile(name),) for name in names), checksums={name: checksum(folder / name) for name in names},
+        stages=tuple((GraphFile(name),) for name in graphs), checksums={name: checksum(folder / name) for name in names},
     )  # fmt: skip
     (folder / FILE_NAME).write_text(replace(whole, **changes).to_json())
     return folder
@@ -68,7 +69,7 @@ def test_a_site_holds_the_page_the_runtime_and_the_model(bundle, runtime, tmp_pa
     assert [entry["file"] for entry in photos] == ["chelsea.jpg", "rocket.jpg"]
     assert all((out / "page" / "photos" / entry["file"]).stat().st_size > 1000 for entry in photos)
     wasm = sum(len(name) for name in RUNTIME_FILES if name.endswith(".wasm"))
-    graphs = len("stage_0.onnx") + len("stage_1.onnx")
+    graphs = len("stage_0.onnx") + len("stage_1.onnx") + len("weights.bin")
     assert json.loads((out / "page" / "site.json").read_bytes()) == {"total": wasm + graphs}
     assert sizes.total == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert sizes.total > sizes.model > graphs

@@ -165,7 +165,9 @@ def _keep_clocks(bundle: Bundle, out: Path, say: Say) -> Bundle:
     """With what sessions measured of the bundle that is replaced, if it is the same but for that; else it is said."""
     try:
         before = Bundle.read(out)
-    except ValueError:  # none, or of another format
+    except ValueError:
+        if (out / FILE_NAME).is_file():
+            say("the bundle before is of another version of iret; if it had clocks, measure them again")
         return bundle
     own = {each.device for each in bundle.points.devices} if bundle.points else set()  # the model's, which may be newer
     clocks = [] if before.points is None else [each for each in before.points.devices if each.device not in own]

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,22 @@ def share_weights(paths: Sequence[Path]) -> None:
     The last MLP of a stage is in two graphs: a head asks for it at once, the tokens that stay in the next.
     """
     onnx = import_or_say("onnx", "export")
+    shared = paths[0].parent / SHARED_NAME
+    shared.unlink(
+        missing_ok=True
+    )  # of the fp32 graphs that an int8 bundle was calibrated with; a session may still map it
     models = {path: onnx.load(path) for path in paths}
-    tensors = [
-        each for model in models.values() for each in model.graph.initializer if len(each.raw_data) >= MIN_SHARED
+    large = [
+        [each for each in model.graph.initializer if len(each.raw_data) >= MIN_SHARED] for model in models.values()
     ]
-    times = Counter(each.raw_data for each in tensors)
-    if max(times.values(), default=1) == 1:
+    holders = Counter(data for tensors in large for data in {each.raw_data for each in tensors})
+    if max(holders.values(), default=1) == 1:
         return
     offsets: dict[bytes, int] = {}
-    with (paths[0].parent / SHARED_NAME).open("wb") as file:
-        for tensor in tensors:
+    with shared.open("wb") as file:
+        for tensor in chain(*large):
             data = tensor.raw_data
-            if times[data] == 1:
+            if holders[data] == 1:
                 continue
             if data not in offsets:
                 file.write(bytes(-file.tell() % SHARED_ALIGNMENT))

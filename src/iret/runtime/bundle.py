@@ -80,8 +80,6 @@ class Bundle:
     def to_json(self) -> str:
         """`read` reads it."""
         raw = asdict(self)
-        if not self.is_convolved:
-            del raw["is_convolved"]  # versions before it read all other bundles of this format
         raw["points"] = None if self.points is None else json.loads(self.points.to_json())
         return json.dumps({"format": FORMAT, **raw}, indent=1) + "\n"
 

@@ -2,7 +2,8 @@
 
 A MAC is one multiply and one add of a matrix product or convolution, the convention of torch's `FlopCounterMode` (which
 reports twice this number) and of fvcore. Norms, softmax, GELU and sums are not counted, by them or by us. Per block of
-`n` tokens (class token included) and width `D`:  12 n D^2 + 2 n^2 D  at an MLP ratio of 4.
+`n` tokens (class token included) and width `D`:  12 n D^2 + 2 n^2 D  at an MLP ratio of 4;  8 of the 12 are its MLP, which in
+the last block of a stage that chooses only the tokens pass that stay.
 
 Counts may be Python ints or integer arrays of any shape, one entry per image. Read next: `points`.
 """
@@ -189,9 +190,8 @@ def stage_macs(
 ) -> Count:
     """MACs of one stage with what leads into it; `kept` and `refined` count patches, without the class token.
 
-    `scored`: tokens are chosen at its end, so that the MLP of its last block is left to those that stay and counts in the next
-    stage, as that of the stage before does here (`has_rest`, None: likewise); a head needs it for the class token at once.
-    The last stage has no such end.
+    If `scored`, the last block's MLP counts in the next stage, for the tokens that stay, and here only for the class token, where
+    a head needs it; the last stage has no such end. `has_rest`: the stage before left its MLP to this one; None: as `scored`.
     """
     lead_in = embed_macs(shape) if stage == 0 else transition_macs(shape, stage, kept, refined)
     tokens = kept + 1

@@ -305,7 +305,7 @@ class OperatingPoints:
             return cls(points=points, devices=devices, **raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{source} is not a table of operating points ({error}); move it away and run `iret calibrate` again."
+                f"{source} is not a table of operating points ({error}); run `iret calibrate` again, in a folder without it."
             ) from error
 
     @classmethod

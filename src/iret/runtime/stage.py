@@ -6,7 +6,7 @@ Read next: `session`, which goes from stage to stage.
 """
 
 import time
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import numpy as np
 
@@ -125,11 +125,13 @@ class Stage:
             return [np.zeros(1, np.int64)]
         if self._index == 0 or counts.min() == counts.max():
             return np.split(np.arange(batch), range(limit, batch, limit))
-        before, here = (
-            numbers_moved(self._shape, [0] * stages, scored=True) for stages in (self._index, self._index + 1)
-        )
+        moved, before = partial(numbers_moved, self._shape, scored=True), self._shape.embed_dims[self._index - 1]
+        weights = moved([0] * (self._index + 1)) - moved([0] * self._index)
+        weights += (
+            2 * self._shape.mlp_ratio * before**2
+        )  # of the last MLP of the stage before, for the tokens that stay
         widths = np.array([self._width(int(count)) for count in counts])
-        return group_by_count(widths, self._macs[widths - 1], float(MACS_A_WEIGHT * (here - before)), limit)
+        return group_by_count(widths, self._macs[widths - 1], float(MACS_A_WEIGHT * weights), limit)
 
 
 class Batch:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from iret.runtime.controller import Controller, Goal, Menu, Reading
-from iret.runtime.cost import full_macs, plan_macs
+from iret.runtime.cost import full_macs
 from iret.runtime.points import DeviceTable, Point, round_up
 from iret.runtime.preprocess import open_image
 from iret.runtime.timing import estimate_point, estimate_work
@@ -264,8 +264,7 @@ class Computer:
         stages_run = int(trace.exit_stage[row]) + 1
         tokens = tuple(int(count) for count in kept.sum((1, 2)))
         details = tuple(int(count) for count in refined.sum((1, 2)))
-        plan = tokens[:stages_run], details[:stages_run]
-        unscored = plan_macs(self._session.shape, *plan, scored=False)
+        scored = budget is not None and bool(np.any(self._session.setting(budget).thresholds))
         seen = dict(stage_logits=trace.stage_logits[:, row], kept=kept, refined=refined) if with_trace else {}
         return Result(
             logits=out.logits[row],
@@ -273,7 +272,7 @@ class Computer:
             macs=int(out.macs[row]),
             exit_stage=stages_run - 1,
             tokens=tokens,
-            joules=self._joules(float(out.macs[row]), *plan, scored=int(out.macs[row]) != unscored),
+            joules=self._joules(float(out.macs[row]), tokens[:stages_run], details[:stages_run], scored=scored),
             engine_s=out.engine_s,
             busy_s=0.0,  # not over yet
             batch=len(out.logits),
