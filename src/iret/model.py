@@ -10,8 +10,8 @@ One trained model serves every threshold; at threshold 0 nothing is dropped. Rea
 is in `runtime.choice`, what it costs in `runtime.cost`, what stands around it (labels, points, folder) in `classifier`.
 
 Source: "Incremental Resolution Enhancing Transformer" (IRET), GLSVLSI 2024, pp. 620-625, abstract. Widths, depths, the
-form of the transition, the accumulation of attention and the auxiliary heads are ours (the full text was not available);
-early exit is the journal version's anytime prediction.
+form of the transition, the accumulation of attention and the auxiliary heads are ours (the full text was not available); early
+exit is the journal version's anytime prediction; to drop between attention and MLP is EViT's (Liang et al. 2022, abstract).
 """
 
 import math
