@@ -177,9 +177,8 @@ def rows_of(
         if form in FORMS or form in CEILING_OF.values():
             macs = (spent[form] if form in FORMS else whole)[asked]
             ratio = every_mac / macs if asked != "1" else 1.0
-            row["share"] = ms[f"{form} 1"] / own / ratio
+            row |= {"mac_ratio": ratio, "share": ms[f"{form} 1"] / own / ratio}
         if form in FORMS:
-            row["mac_ratio"] = ratio
             if form != "int8":  # which may decide otherwise
                 assert macs == spent["bundle"][asked], f"{name} does not keep what the bundle keeps"
                 row["ceiling_over_time"] = ms[f"{CEILING_OF[form]} {asked}"] / own

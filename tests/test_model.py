@@ -1089,6 +1089,20 @@ def test_a_full_disk_leaves_the_old_model_whole(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "points.json"]
 
 
+def test_points_of_an_earlier_version_are_left_out_and_that_is_said(tmp_path, caplog):
+    model, images = saved(tmp_path), make_images()
+    path = tmp_path / "points.json"
+    path.write_text(path.read_text().replace('"format": 3', '"format": 2'))
+    found = Iret.from_folder(tmp_path)
+    lay_out(model)
+    assert found.points is None and torch.equal(found(images), model(images))
+    (record,) = caplog.records
+    assert f"{path} counts MACs as an earlier version of iret did and is left out" in record.getMessage()
+    path.write_text(path.read_text().replace('"format": 2', '"format": 4'))
+    with pytest.raises(ValueError, match="written by another version of iret"):
+        Iret.from_folder(tmp_path)
+
+
 def test_weights_of_another_preset_are_refused(tmp_path):
     saved(tmp_path / "a")
     make_model(depths=(2, 2, 2)).save_pretrained(tmp_path / "b")

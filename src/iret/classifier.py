@@ -6,6 +6,8 @@ Read next: `model`, the network; `weights`, how files are written and read.
 """
 
 import json
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +41,10 @@ from iret.weights import (
     write_together,
 )
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
+EARLIER = re.compile(rb'\{\s*"format": [12]\b')  # tables of points
 LACKING = "this model has none yet; measure them on held-out images with `iret calibrate MODEL --data DATA`"
 C = TypeVar("C", bound="Classifier")
 
@@ -168,7 +173,7 @@ class Classifier(
         if model.labels is not None and len(model.labels) != shape.num_classes:
             raise ValueError(f"{source} names {len(model.labels)} labels for a model of {shape.num_classes} classes.")
         load_exactly(model, read_weights(folder / WEIGHTS_NAME), str(folder / WEIGHTS_NAME))
-        points = OperatingPoints.read(folder)
+        points = read_points(folder)
         if points is not None and not points.fit(full_macs(shape), len(shape.depths) - 1):
             raise ValueError(f"{folder / POINTS_NAME} belongs to another model; run `iret calibrate` again.")
         model.points = points
@@ -189,3 +194,20 @@ class Classifier(
             hub_options["allow_patterns"] = [CONFIG_NAME, WEIGHTS_NAME, POINTS_NAME]
             folder = Path(snapshot_download(str(pretrained_model_name_or_path), revision=revision, **hub_options))
         return cls.from_folder(folder)
+
+
+def read_points(folder: Path) -> OperatingPoints | None:
+    """The operating points in a model folder, None if there are none, or of an earlier version, which is said.
+
+    Raises:
+        ValueError: a file that is no table.
+    """
+    path = folder / POINTS_NAME
+    if path.exists() and EARLIER.match(path.read_bytes()):
+        log.warning(
+            "%s counts MACs as an earlier version of iret did and is left out: run `iret calibrate` again with --data, or, of a copy "
+            "of a shipped model, `iret calibrate NAME --device-only --out FOLDER`.",
+            path,
+        )
+        return None
+    return OperatingPoints.read(folder)

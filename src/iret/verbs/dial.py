@@ -44,6 +44,7 @@ def do_calibrate(args: argparse.Namespace) -> int:
         return _calibrate_bundle(args)
     if args.engine is not None:
         raise ValueError(f"--engine is of a bundle, and {args.model} is none; a model runs on torch.")
+    from iret.classifier import read_points
     from iret.clock import measure_device
     from iret.draw import draw_search
     from iret.precision import prepare
@@ -61,7 +62,7 @@ def do_calibrate(args: argparse.Namespace) -> int:
     meter = choose_meter(args)
     if args.out is None and own is None:
         raise ValueError(f"{args.model} is no folder of yours to write {FILE_NAME} into; name a new one with --out.")
-    there = OperatingPoints.read(folder)  # before anything is measured, for it may be damaged
+    there = read_points(folder)  # before anything is measured, for it may be damaged
     has_weights = folder.resolve() == own or _holds_copy(args, loaded, there)
     with context:
         try:
