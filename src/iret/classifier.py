@@ -205,8 +205,8 @@ def read_points(folder: Path) -> OperatingPoints | None:
     path = folder / POINTS_NAME
     if path.exists() and EARLIER.match(path.read_bytes()):
         log.warning(
-            "%s counts MACs as an earlier version of iret did and is left out: run `iret calibrate` again with --data, or, of a copy "
-            "of a shipped model, `iret calibrate NAME --device-only --out FOLDER`.",
+            "%s counts MACs as an earlier version of iret did and is left out: run `iret calibrate` again with --data, or, of a "
+            "copy of a shipped model, `iret calibrate NAME --device-only --out FOLDER`.",
             path,
         )
         return None
