@@ -57,9 +57,8 @@ def share_weights(paths: Sequence[Path]) -> None:
     """
     onnx = import_or_say("onnx", "export")
     shared = paths[0].parent / SHARED_NAME
-    shared.unlink(
-        missing_ok=True
-    )  # of the fp32 graphs that an int8 bundle was calibrated with; a session may still map it
+    # That of the fp32 graphs that an int8 bundle was calibrated with; a session may still map it.
+    shared.unlink(missing_ok=True)
     models = {path: onnx.load(path) for path in paths}
     large = [
         [each for each in model.graph.initializer if len(each.raw_data) >= MIN_SHARED] for model in models.values()
