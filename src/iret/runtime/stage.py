@@ -126,10 +126,8 @@ class Stage:
         if self._index == 0 or counts.min() == counts.max():
             return np.split(np.arange(batch), range(limit, batch, limit))
         moved, before = partial(numbers_moved, self._shape, scored=True), self._shape.embed_dims[self._index - 1]
-        weights = moved([0] * (self._index + 1)) - moved([0] * self._index)
-        weights += (
-            2 * self._shape.mlp_ratio * before**2
-        )  # of the last MLP of the stage before, for the tokens that stay
+        # and those of the last MLP of the stage before, for the tokens that stay
+        weights = moved([0] * (self._index + 1)) - moved([0] * self._index) + 2 * self._shape.mlp_ratio * before**2
         widths = np.array([self._width(int(count)) for count in counts])
         return group_by_count(widths, self._macs[widths - 1], float(MACS_A_WEIGHT * weights), limit)
 
