@@ -216,13 +216,10 @@ def test_batches_are_planned_as_a_whole(seed):
 @days
 @given(seeds, st.sampled_from([0.5, 1.5]))
 def test_a_device_that_is_dearer_or_cheaper_than_its_table_is_learned(seed, dearer):
-    """No promise: the reserve is as noisy as what was learned, and one dearer day in a thousand ends early (docs/LOG.md)."""
-    random, answered = np.random.default_rng(seed), []
-    for _ in range(3):
-        world = make_world(random, any_menu(random), over=1.2)
-        world.joules, world.dearer = world.joules * max(1.0, dearer), dearer
-        answered.append(len(world.live().left) / len(world.times))
-    assert np.median(answered) >= 0.97 and min(answered) >= 0.85
+    random = np.random.default_rng(seed)
+    world = make_world(random, any_menu(random), over=1.2)
+    world.joules, world.dearer = world.joules * max(1.0, dearer), dearer
+    assert len(world.live().left) >= 0.97 * len(world.times)  # no promise: the reserve is as noisy as what was learned
 
 
 # ---- promise 2: little is lost
