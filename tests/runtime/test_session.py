@@ -14,11 +14,12 @@ from PIL import Image
 from iret.runtime import engines
 from iret.runtime.bundle import FILE_NAME, Bundle, GraphFile, checksum
 from iret.runtime.controller import Controller, Decision, Goal, Menu, Reading
-from iret.runtime.cost import Shape, full_macs, plan_macs, stage_macs
+from iret.runtime.cost import Shape, full_macs, numbers_moved, plan_macs, stage_macs
 from iret.runtime.points import DeviceTable, OperatingPoints, Plan, Point
 from iret.runtime.preprocess import Preprocess
 from iret.runtime.record import Trace
 from iret.runtime.session import Session
+from iret.runtime.stage import MACS_A_WEIGHT, group_by_count
 
 # 16 patches of 4 x 4, three stages
 SHAPE = Shape(
@@ -831,3 +832,18 @@ def test_an_engine_that_cannot_is_refused(tmp_path):
     make_session(tmp_path, Pretender())
     with pytest.raises(ValueError, match="choose from onnxruntime, openvino"):
         Session(tmp_path, "executorch")
+
+
+def test_a_call_is_reckoned_with_the_weights_it_reads_the_last_mlp_of_the_stage_before_among_them(
+    tmp_path, monkeypatch
+):
+    costs = []
+
+    def group(counts, cost, call_cost, limit):
+        costs.append(call_cost / MACS_A_WEIGHT)
+        return group_by_count(counts, cost, call_cost, limit)
+
+    monkeypatch.setattr("iret.runtime.stage.group_by_count", group)
+    make_session(tmp_path, Pretender())(make_images(0.1, 0.9), thresholds=np.array([[0.0, 0.0], [2.0, 2.0]]))
+    stages = [numbers_moved(SHAPE, [0] * count, scored=True) for count in (1, 2, 3)]
+    assert costs == [stages[1] - stages[0] + 8 * 8**2, stages[2] - stages[1] + 8 * 16**2]
