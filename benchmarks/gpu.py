@@ -5,9 +5,11 @@ this grid), choosing included (`Iret.replay`), at the point that comes closest t
 fixed counts (`FixedCounts`), those that the points of `--counts` keep in the mean at that share of the MACs, as one CUDA graph
 (`capture_graph`); `compiled graph`: compiled first. In turn with them run the full model in the same mode, a static ViT of
 DeiT-S shape, and for graphs the *ceiling*, the same layers at the same counts, nothing scored or chosen, no token gathered.
-Peak memory is that of one run, outside a graph, beyond weights and images.
+Peak memory is that of one run, outside a graph, beyond weights and images. Joules (`--joules MODE`) are NVML's of the board,
+net of its idle power, in windows of six seconds a row.
 
-    python benchmarks/gpu.py --out results/...        some minutes, most of them compiling; `--device cpu` rehearses it
+    python benchmarks/gpu.py --joules "compiled graph" --out results/...        some minutes, most of them compiling
+    python benchmarks/gpu.py --device cpu --rounds 5 --out results/...          rehearses it
 """
 
 import argparse
@@ -26,9 +28,11 @@ from torch import Tensor, nn
 
 import iret
 from iret import doctor
-from iret.clock import synchronizer
+from iret.clock import measure_joules, synchronizer
 from iret.fixed import FixedCounts, capture_graph, counts_at
+from iret.measure.energy import EnergyError, EnergyMeter
 from iret.measure.latency import Latency, measure_latency, ratio
+from iret.measure.sources import open_meter
 from iret.runtime.cost import full_macs
 from iret.runtime.points import Plan, Point
 from iret.tokens import pack
@@ -128,20 +132,25 @@ def _bind(calls: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor) -> Ca
 
 
 @torch.no_grad()
-def measure(args: argparse.Namespace) -> Iterator[list[tuple[dict, Latency]]]:
-    """Rows and raw samples, mode by mode and batch by batch."""
+def measure(args: argparse.Namespace, meter: EnergyMeter | None) -> Iterator[list[tuple[dict, Latency]]]:
+    """Rows and raw samples, mode by mode and batch by batch; `meter` reads those of `args.joules`."""
     wait = synchronizer(torch.device(args.device))
     for mode in args.modes:
         for batch in args.batch:
             calls, ratios, peaks = candidates(mode, batch, args.counts, args.device)
             samples = measure_latency(calls, rounds=args.rounds, warm_up=WARM_UP, lead=1, synchronize=wait)
+            joules, idle_w = [None] * len(calls), None
+            if meter is not None and mode in args.joules:
+                read = measure_joules([([call], batch) for call in calls.values()], meter, wait, print)
+                joules, idle_w = read or (joules, idle_w)
             found = []
-            for name, latency in samples.items():
+            for energy_j, (name, latency) in zip(joules, samples.items(), strict=True):
                 speedup = ratio(samples["full"], latency).median
                 row = {"mode": mode, "batch": batch, "what": name, "mac_ratio": float(ratios[name])}
                 row |= {"ms": latency.p50_ms, "images_per_s": batch / latency.p50_ms * 1e3, "speedup": speedup}
                 row |= {"share": speedup / ratios[name]}
                 row["peak_mib"] = peak_mib(peaks[name]) if args.device == "cuda" else None
+                row |= {"joules": energy_j, "idle_watts": idle_w}  # an image's, net of what the board takes at rest
                 found.append((row, latency))
             yield found
 
@@ -161,16 +170,20 @@ def write(out: Path, command: str, device: str, rounds: int, measured: list[tupl
         f"`{command}`: `iret_small`, bf16, {doctor.describe_device(torch.device(device), 'bfloat16')}, torch "
         f"{torch.__version__}; medians of {rounds} interleaved rounds.",
         "",
-        "| mode | batch | what | MAC ratio | ms | images/s | times faster than full | share | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| mode | batch | what | MAC ratio | ms | images/s | times faster than full | share | peak MiB | mJ/image |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(
             f"| {row['mode']} | {row['batch']} | {row['what']} | {row['mac_ratio']:.2f} | {row['ms']:.2f} | "
             f"{row['images_per_s']:.0f} | {row['speedup']:.2f} | {row['share']:.2f} | "
-            f"{'' if row['peak_mib'] is None else format(row['peak_mib'], '.0f')} |"
+            f"{_or_blank(row['peak_mib'], '.0f')} | {_or_blank(row['joules'] and 1e3 * row['joules'], '.2f')} |"
             for row in rows
         ),
     ]
     (out / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _or_blank(value: float | None, style: str) -> str:
+    return "" if value is None else format(value, style)
 
 
 def main() -> None:
@@ -180,15 +193,20 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--joules", nargs="+", choices=MODES, default=(), help="modes whose joules NVML reads, too")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    try:
+        meter = open_meter("nvml") if args.joules else None
+    except EnergyError as error:
+        parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
     words = {"counts": [Path(args.counts).name], "batch": args.batch, "modes": args.modes, "rounds": [args.rounds]}
-    words["device"] = [args.device]
+    words |= {"device": [args.device]} | ({"joules": args.joules} if args.joules else {})
     command = " ".join(f"--{name} {shlex.join(map(str, values))}" for name, values in words.items())
     command = f"python benchmarks/gpu.py {command}"
     measured: list[tuple[dict, Latency]] = []
-    for found in measure(args):
+    for found in measure(args, meter):
         measured += found
         write(args.out, command, args.device, args.rounds, measured)  # what is measured is kept if the rest is cut off
     print((args.out / "README.md").read_text())
