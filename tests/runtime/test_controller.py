@@ -215,11 +215,13 @@ def test_batches_are_planned_as_a_whole(seed):
 
 @days
 @given(seeds, st.sampled_from([0.5, 1.5]))
+@example(1593, 1.5)  # the first twenty images could take it all, before the table is doubted enough
+@example(1000536, 1.5)
 def test_a_device_that_is_dearer_or_cheaper_than_its_table_is_learned(seed, dearer):
     random = np.random.default_rng(seed)
     world = make_world(random, any_menu(random), over=1.2)
     world.joules, world.dearer = world.joules * max(1.0, dearer), dearer
-    assert len(world.live().left) >= 0.97 * len(world.times)  # no promise: the reserve is as noisy as what was learned
+    assert len(world.live().left) >= 0.97 * len(world.times)  # no promise: what was learned is noisy
 
 
 # ---- promise 2: little is lost
@@ -554,6 +556,20 @@ def test_energy_for_the_idle_device_is_set_aside():
 def test_a_battery_that_cannot_last_is_said_to_and_served_as_cheaply_as_can_be():
     found = Controller(LADDER, Goal(hours=1.0, images_per_second=1.0)).decide(Reading(time_s=0.0, battery_joules=60.0))
     assert (found.budget, found.broken) == (0.2, ("battery",))
+
+
+def test_the_first_dear_image_is_reserved_for_at_once_but_is_no_proof():
+    controller = Controller(LADDER, Goal(hours=1.0, images_per_second=1.0))
+    left = 3600 * 0.024  # the cheapest costs 0.02, noise and burst take another tenth
+    first = controller.decide(Reading(time_s=0.0, battery_joules=left))
+    used = 1.25 * at(LADDER, first.budget, "joules")
+    found = controller.decide(Reading(time_s=1.0, battery_joules=left - used, joules=used))
+    assert first.budget > found.budget == 0.2
+    assert found.broken == ()
+    for second in range(2, 60):  # that one image was an exception
+        used, left = at(LADDER, found.budget, "joules"), left - used
+        found = controller.decide(Reading(time_s=float(second), battery_joules=left - used, joules=used))
+    assert found.budget > 0.2
 
 
 def test_a_deadline_binds_the_95th_percentile_and_follows_the_measured_latency():

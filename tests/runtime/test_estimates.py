@@ -39,6 +39,19 @@ def test_costs_are_at_first_a_mean_in_which_the_table_counts_as_ten_images():
     assert doubts == []
 
 
+def test_what_was_measured_is_told_apart_from_what_was_believed_at_first():
+    factor = Factor("joules")
+    assert factor.measured == 1.0
+    factor.take(3.0, 2.0, 1, [])
+    factor.take(2.4, 2.0, 4, [])
+    assert factor.measured == pytest.approx((1.5 + 4 * 1.2) / 5)
+    assert 1.0 < factor.value < 1.2
+    factor.rescale(5.0)
+    assert factor.measured == factor.value
+    factor.take(8.0, 1.0, 1, [])
+    assert factor.measured == pytest.approx(8.0)
+
+
 @pytest.mark.parametrize("name", SMOOTHING)
 def test_costs_are_learned_and_one_odd_measurement_weighs_little(name):
     factor = Factor(name)

@@ -36,6 +36,7 @@ class Factor:
 
     def __init__(self, name: str) -> None:
         self.name, self.value, self._base, self._count = name, 1.0, 1.0, COST_IMAGES
+        self._belief = 1.0  # how much of `value` is still what was believed at first
 
     def take(self, measured: float | None, table: float, images: int, doubts: list[str]) -> float:
         """Learn from one measurement of what the table puts at `table`; returns what to believe it was."""
@@ -52,7 +53,13 @@ class Factor:
         self._count += images
         weight = max(images / self._count, 1 - (1 - SMOOTHING[self.name]) ** images)
         self.value += weight * (bounded - self.value)
+        self._belief *= 1 - weight
         return table * ratio
+
+    @property
+    def measured(self) -> float:
+        """As `value`, of the measurements alone; what was believed at first while there are none."""
+        return self._base if self._belief == 1 else (self.value - self._belief * self._base) / (1 - self._belief)
 
     @property
     def room(self) -> float:
@@ -62,7 +69,7 @@ class Factor:
     def rescale(self, ratio: float) -> None:
         """The table is off: things cost `ratio` times what was believed, and what is believable lies around that."""
         self.value = self._base = max(1.0, ratio * self.value)
-        self._count = COST_IMAGES
+        self._count, self._belief = COST_IMAGES, 1.0
 
 
 class Thermometer:
