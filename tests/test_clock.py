@@ -113,7 +113,7 @@ def test_a_meter_is_asked_for_every_point_and_once_for_the_idle_machine(monkeypa
     assert meter.num_windows == 1 + 2
     assert table.idle_watts == 0.5
     assert table.joules == pytest.approx((0.192, 0.076))
-    assert said[1] == "then joules from fake:0: 2 windows of 0.012 s and one of the idle machine, 0 s or more"
+    assert said[1:] == ["then joules from fake:0: 2 windows of 0.012 s and one of the idle machine, 0 s or more"]
 
 
 def test_a_slow_meter_is_asked_for_some_points_and_power_is_interpolated_between(monkeypatch):
@@ -161,6 +161,20 @@ def test_work_that_adds_nothing_to_the_idle_power_is_estimated(monkeypatch):
     table, _ = measure_device(model, model.points, FakeMeter(), said.append)
     assert table.energy_kind == "estimated"
     assert "measure the idle baseline again" in said[-1]
+
+
+@pytest.mark.parametrize(("added_w", "is_faint"), [(0.02, True), (0.03, False)])
+def test_work_that_adds_little_to_the_idle_power_is_measured_and_said_to_be_noise(added_w, is_faint):
+    meter, said, windows = FakeMeter(), [], []
+
+    def call() -> None:  # once a window, which the meter takes to be a second
+        if meter.num_windows not in windows:
+            windows.append(meter.num_windows)
+            spend(meter, added_w if len(windows) == 2 else 1.0)
+
+    measured = measure_joules([([call], 1)] * 3, meter, None, said.append)
+    assert measured is not None and measured[1] == 0.5
+    assert [line.startswith(f"some work adds only {added_w} W to the idle machine's 0.5 W") for line in said] == [True] * is_faint
 
 
 def test_measured_joules_are_shared_by_the_images_of_the_window():

@@ -26,6 +26,7 @@ from iret.runtime.timing import FORMATS, WARM_UP, Calls, clock_columns, estimate
 TIME_LIMIT_S = 30.0  # for the milliseconds
 ENERGY_LIMIT_S = 20.0  # for the joules of all points, if three windows take no longer
 ENERGY_MARGIN = 1.2  # windows of this many times the meter's resolution
+FAINT = 0.05  # of the idle power, which wanders by about so much on a large GPU: less than that is added in its noise
 
 Say = Callable[[str], None]
 Work = tuple[Sequence[Callable[[], object]], int]  # calls, and how many images each of them looks at
@@ -125,11 +126,12 @@ def measure_joules(
 ) -> tuple[list[float], float] | None:
     """Net joules an image of each piece of work, and the idle power in W that was taken off its gross reading.
 
-    None where `meter` is an estimate, or any window of it fails, which is said: no table has estimates beside measurements.
+    None where `meter` is an estimate, or any window of it fails, which is said: no table has estimates beside measurements. So is
+    work that adds little to the idle power.
     """
     if meter.kind == "estimated":
         return None
-    joules = []
+    joules, powers_w = [], []
     try:
         idle_w = measure_idle(meter)
         for calls, images in work:
@@ -141,10 +143,17 @@ def measure_joules(
                     if wait:
                         wait()
                     num_images += images * len(calls)
-            joules.append(window.reading.minus_idle(idle_w).joules / num_images)
+            reading = window.reading.minus_idle(idle_w)
+            joules.append(reading.joules / num_images)
+            powers_w.append(reading.power_w)
     except EnergyError as error:
         say(f"energy is estimated: {error}")
         return None
+    if min(powers_w) < FAINT * idle_w:
+        say(
+            f"some work adds only {min(powers_w):.2g} W to the idle machine's {idle_w:.3g} W, which wander by as much: such "
+            "joules are mostly noise; those of larger batches are less so"
+        )
     return joules, idle_w
 
 
