@@ -174,7 +174,9 @@ def test_work_that_adds_little_to_the_idle_power_is_measured_and_said_to_be_nois
 
     measured = measure_joules([([call], 1)] * 3, meter, None, said.append)
     assert measured is not None and measured[1] == 0.5
-    assert [line.startswith(f"some work adds only {added_w} W to the idle machine's 0.5 W") for line in said] == [True] * is_faint
+    assert [line.startswith(f"some work adds only {added_w} W to the idle machine's 0.5 W") for line in said] == [
+        True
+    ] * is_faint
 
 
 def test_measured_joules_are_shared_by_the_images_of_the_window():
