@@ -72,14 +72,14 @@ def main() -> None:
         writer.writerow(f"{kind} {budget:g}" for kind in ("thresholds", "fixed") for budget in BUDGETS)
         writer.writerows(right.reshape(-1, right.shape[2]).T.astype(int))
     lines = [
-        f"`{command}`: {right.shape[2]} test images; difference: fixed less thresholds, +- 1.96 standard errors, paired.",
+        f"`{command}`: {right.shape[2]} test images; difference: fixed less thresholds, ± 1.96 standard errors, paired.",
         "",
         "| budget | kept | MACs, thresholds | MACs, fixed | top-1, thresholds | top-1, fixed | difference |",
         "|---|---|---|---|---|---|---|",
         *(
             f"| {row['budget']:g} | {' / '.join(map(str, row['kept']))} | {row['thresholds_macs']:.1%} | "
             f"{row['fixed_macs']:.1%} | {row['thresholds_top1']:.2%} | {row['fixed_top1']:.2%} | "
-            f"{row['fixed_top1'] - row['thresholds_top1']:+.2%} +- {1.96 * row['standard_error']:.2%} |"
+            f"{row['fixed_top1'] - row['thresholds_top1']:+.2%} ± {1.96 * row['standard_error']:.2%} |"
             for row in rows
         ),
     ]
