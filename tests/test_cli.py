@@ -437,6 +437,10 @@ def test_card_writes_the_card_beside_the_weights(tmp_path, capsys):
     text = (tmp_path / "m" / "README.md").read_text()
     assert "# Ants and bees\n" in text
     assert "2 classes of d:" in text
+    (tmp_path / "m" / "README.md").write_text("# My ants\n")
+    assert cli.main(line) == 2
+    assert "README.md is there already, and was not written by `iret card`; move it away" in capsys.readouterr().err
+    assert (tmp_path / "m" / "README.md").read_text() == "# My ants\n"
 
 
 def test_train_leaves_a_model_and_says_how_it_ended(tmp_path, capsys, monkeypatch, quick):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from iret import demo
@@ -23,3 +24,11 @@ def test_the_demo_prints_its_tables_and_writes_its_pictures(tmp_path: Path, monk
         with Image.open(tmp_path / name) as picture:
             picture.load()
             assert min(picture.size) > 200
+
+
+@pytest.mark.parametrize("name", ["chelsea.png", "digits.png", "rocket.png", "tradeoff.png"])
+def test_the_demo_does_not_draw_over_another_s_picture(tmp_path: Path, name: str) -> None:
+    Image.new("RGB", (1, 1)).save(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is there already, and was not drawn by iret"):
+        demo.run_demo(tmp_path, lambda text: pytest.fail(text), lambda columns, rows: pytest.fail("ran"))
+    assert [path.name for path in tmp_path.iterdir()] == [name]

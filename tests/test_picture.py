@@ -24,7 +24,7 @@ def test_whatever_else_is_there_stays(tmp_path):
     (tmp_path / "notes.png").write_text("mine")
     (tmp_path / "folder.png").mkdir()
     for path in list(tmp_path.iterdir()):
-        with pytest.raises(ValueError, match=r"is there already, and was not drawn by iret; name another picture"):
+        with pytest.raises(ValueError, match=r"is there already, and was not drawn by iret; move it away"):
             check_picture(path)
 
 

@@ -17,6 +17,7 @@ from iret.train.data import ImageData
 
 DROPS = (0.3, 0.5, 0.7)  # share of live patches dropped at each transition, for the comparison with random choice
 NUM_SEEDS = 3
+SIGNATURE = "This card was written by `iret card`."  # a README with it is replaced, another is its owner's
 STATIC_NAME = "static_vit.json"  # what `benchmarks/static_vit.py` found for this model's recipe and data
 
 TERMS = {
@@ -42,7 +43,7 @@ def write_card(
     what = (
         f"`{model.name}` for {model.num_classes} classes of {data_name}: {model.shape.img_size[0]} x "
         f"{model.shape.img_size[1]} px, {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{full_macs(model.shape):,} MACs at full budget. This card was written by `iret card`."
+        f"{full_macs(model.shape):,} MACs at full budget. {SIGNATURE}"
     )
     control = (
         "The same number of patches in every image (top-k), chosen by attention or at random "

@@ -9,7 +9,7 @@ from PIL import Image
 from iret.draw import draw_focus, draw_tradeoff, stack
 from iret.evaluate import evaluate
 from iret.model import Iret
-from iret.picture import save_image
+from iret.picture import check_picture, save_image
 from iret.predict import predict, warm_up
 from iret.runtime.cost import full_macs
 from iret.runtime.points import BUDGETS
@@ -19,6 +19,7 @@ from iret.zoo import load
 
 PHOTOS = Path(__file__).parent / "photos"
 DIGITS_MODEL, PHOTO_MODEL = "iret_nano-cluttered-digits", "iret_pico-cifar10"
+DIGITS_PICTURE, TRADEOFF_PICTURE = "digits.png", "tradeoff.png"
 NUM_DIGITS = 500
 NUM_DRAWN = 4
 
@@ -29,6 +30,8 @@ PrintTable = Callable[[Sequence[str], Sequence[Sequence[str]]], None]
 def run_demo(out: Path, say: Say, print_table: PrintTable) -> int:
     """Print accuracy and answers at five budgets and write pictures into `out`."""
     out.mkdir(parents=True, exist_ok=True)
+    for name in (DIGITS_PICTURE, TRADEOFF_PICTURE, *(f"{path.stem}.png" for path in PHOTOS.glob("*.jpg"))):
+        check_picture(out / name)
     digits, photos = load(DIGITS_MODEL), load(PHOTO_MODEL)
     for model in (digits, photos):
         warm_up(model)
@@ -43,7 +46,7 @@ def run_demo(out: Path, say: Say, print_table: PrintTable) -> int:
             [point.macs_mean / photos.points.full_macs for point in photos.points.points],
             [point.accuracy for point in photos.points.points],
         )
-    draw_tradeoff(curves, out / "tradeoff.png", "Accuracy against cost, one set of weights a curve")
+    draw_tradeoff(curves, out / TRADEOFF_PICTURE, "Accuracy against cost, one set of weights a curve")
     say(f"pictures: {', '.join(str(path) for path in sorted(out.glob('*.png')))}")
     return 0
 
@@ -76,7 +79,7 @@ def _digits(model: Iret, out: Path, say: Say, print_table: PrintTable) -> tuple[
         answer, trace = predict(model, image, setting=model.setting(BUDGETS[-1]))
         title = f"digit {data.class_names[label]}, budget {BUDGETS[-1]:g}: {answer.label}, {answer.macs_share:.0%} of full MACs"
         rows.append(draw_focus(model, image, trace, title))
-    save_image(stack(rows), out / "digits.png")
+    save_image(stack(rows), out / DIGITS_PICTURE)
     return shares, [score.accuracy for score in scores]
 
 

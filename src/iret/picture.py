@@ -30,7 +30,7 @@ def check_picture(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path} is no picture that iret writes; end its name in .png.")
     if path.exists() and not _is_ours(path):
-        raise ValueError(f"{path} is there already, and was not drawn by iret; name another picture, such as new.png.")
+        raise ValueError(f"{path} is there already, and was not drawn by iret; move it away, or write elsewhere.")
 
 
 def _is_ours(path: Path) -> bool:

@@ -111,7 +111,7 @@ def do_evaluate(args: argparse.Namespace) -> int:
 
 
 def do_card(args: argparse.Namespace) -> int:
-    from iret.card import write_card
+    from iret.card import SIGNATURE, write_card
     from iret.train.data import name_of
     from iret.weights import write_atomically
     from iret.zoo import load
@@ -119,11 +119,14 @@ def do_card(args: argparse.Namespace) -> int:
     folder = Path(args.model)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a model folder to write a card into; copy the model first.")
+    card = folder / "README.md"
+    if card.exists() and SIGNATURE.encode() not in card.read_bytes():
+        raise ValueError(f"{card} is there already, and was not written by `iret card`; move it away first.")
     model = load(folder).to(check_device(args.device))
     data = open_data(args, "test", model)
     text = write_card(model, args.name or folder.name, folder, data, name_of(args.data), args.max_images)
-    write_atomically(folder / "README.md", text.encode())
-    say(f"written: {folder / 'README.md'}")
+    write_atomically(card, text.encode())
+    say(f"written: {card}")
     if args.json:
-        print(json.dumps({"card": str(folder / "README.md")}))
+        print(json.dumps({"card": str(card)}))
     return 0
