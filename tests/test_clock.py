@@ -24,11 +24,11 @@ def make_model() -> iret.Iret:
     torch.manual_seed(0)
     model = iret.create_model("iret_pico", num_classes=2, embed_dims=(32, 64, 64), depths=(1, 2, 2)).eval()
     full = float(full_macs(model.shape))
-    kinds = dict(accuracy=0.5, kept_mean=(64.0, 64.0, 64.0))
+    kinds = dict(kept_mean=(64.0, 64.0, 64.0))
     everything, little = Plan((64, 64, 64), (0, 64, 64)), Plan((64, 8, 4), (0, 8, 4))
     points = (
-        Point(thresholds=((0.0, 0.0),) * 2, macs_mean=full, macs_p95=full, plans=(everything,), **kinds),
-        Point(thresholds=((2.0, 2.0),) * 2, macs_mean=full / 9, macs_p95=full, plans=(little, little), **kinds),
+        Point(thresholds=((0.0, 0.0),) * 2, accuracy=0.6, macs_mean=full, macs_p95=full, plans=(everything,), **kinds),
+        Point(thresholds=((2.0,) * 2,) * 2, accuracy=0.5, macs_mean=full / 9, macs_p95=full, plans=(little,) * 2, **kinds),
     )
     model.points = OperatingPoints(data="", num_images=1, full_macs=int(full), points=points)
     return model
