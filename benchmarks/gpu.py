@@ -139,20 +139,26 @@ def measure(args: argparse.Namespace, meter: EnergyMeter | None) -> Iterator[lis
         for batch in args.batch:
             calls, ratios, peaks = candidates(mode, batch, args.counts, args.device)
             samples = measure_latency(calls, rounds=args.rounds, warm_up=WARM_UP, lead=1, synchronize=wait)
-            joules, idle_w = [None] * len(calls), None
+            read = None
             if meter is not None and mode in args.joules:
                 read = measure_joules([([call], batch) for call in calls.values()], meter, wait, print)
-                joules, idle_w = read or (joules, idle_w)
             found = []
-            for energy_j, (name, latency) in zip(joules, samples.items(), strict=True):
+            for at, (name, latency) in enumerate(samples.items()):
                 speedup = ratio(samples["full"], latency).median
                 row = {"mode": mode, "batch": batch, "what": name, "mac_ratio": float(ratios[name])}
                 row |= {"ms": latency.p50_ms, "images_per_s": batch / latency.p50_ms * 1e3, "speedup": speedup}
                 row |= {"share": speedup / ratios[name]}
                 row["peak_mib"] = peak_mib(peaks[name]) if args.device == "cuda" else None
-                row |= {"joules": energy_j, "idle_watts": idle_w}  # an image's, net of what the board takes at rest
+                row |= {
+                    "joules": read and read.joules[at],
+                    "idle_watts": read and read.idle_w,
+                }  # an image's, net of idle
                 found.append((row, latency))
             yield found
+
+
+def _or_blank(value: float | None, style: str) -> str:
+    return "" if value is None else format(value, style)
 
 
 def write(out: Path, command: str, device: str, rounds: int, measured: list[tuple[dict, Latency]]) -> None:
@@ -182,10 +188,6 @@ def write(out: Path, command: str, device: str, rounds: int, measured: list[tupl
     (out / "README.md").write_text("\n".join(lines) + "\n")
 
 
-def _or_blank(value: float | None, style: str) -> str:
-    return "" if value is None else format(value, style)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", default="iret_pico-cifar10", help="calibrated model that keeps the counts")
@@ -196,6 +198,8 @@ def main() -> None:
     parser.add_argument("--joules", nargs="+", choices=MODES, default=(), help="modes whose joules NVML reads, too")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.joules and (args.device != "cuda" or not set(args.joules) <= set(args.modes)):
+        parser.error("--joules are a GPU's, of --modes that run; give --device cuda and these modes.")
     try:
         meter = open_meter("nvml") if args.joules else None
     except EnergyError as error:

@@ -28,7 +28,9 @@ def make_model() -> iret.Iret:
     everything, little = Plan((64, 64, 64), (0, 64, 64)), Plan((64, 8, 4), (0, 8, 4))
     points = (
         Point(thresholds=((0.0, 0.0),) * 2, accuracy=0.6, macs_mean=full, macs_p95=full, plans=(everything,), **kinds),
-        Point(thresholds=((2.0,) * 2,) * 2, accuracy=0.5, macs_mean=full / 9, macs_p95=full, plans=(little,) * 2, **kinds),
+        Point(
+            thresholds=((2.0,) * 2,) * 2, accuracy=0.5, macs_mean=full / 9, macs_p95=full, plans=(little,) * 2, **kinds
+        ),
     )
     model.points = OperatingPoints(data="", num_images=1, full_macs=int(full), points=points)
     return model
@@ -173,7 +175,8 @@ def test_work_that_adds_little_to_the_idle_power_is_measured_and_said_to_be_nois
             spend(meter, added_w if len(windows) == 2 else 1.0)
 
     measured = measure_joules([([call], 1)] * 3, meter, None, said.append)
-    assert measured is not None and measured[1] == 0.5
+    assert measured is not None and measured.idle_w == 0.5
+    assert measured.notes == ["", ", faint" if is_faint else "", ""]
     assert [line.startswith(f"some work adds only {added_w} W to the idle machine's 0.5 W") for line in said] == [
         True
     ] * is_faint
@@ -187,7 +190,7 @@ def test_measured_joules_are_shared_by_the_images_of_the_window():
         spend(meter, 8 * 0.25)
 
     measured = measure_joules([([lambda: call(1), lambda: call(2)], 8)], meter, None, print)
-    assert measured == (pytest.approx([0.25]), 0.5)
+    assert measured is not None and (measured.joules, measured.idle_w) == (pytest.approx([0.25]), 0.5)
     assert calls == [1, 2] * (len(calls) // 2)
 
 

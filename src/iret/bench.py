@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from iret import doctor
-from iret.clock import Say, announce, estimate_image, estimate_meter, measure_joules, synchronizer
+from iret.clock import NetJoules, Say, announce, estimate_image, estimate_meter, measure_joules, synchronizer
 from iret.measure.energy import EnergyMeter
 from iret.measure.latency import Latency, measure_latency
 from iret.model import Iret
@@ -169,9 +169,9 @@ def bench(
     samples = measure_latency(work, rounds=rounds, warm_up=warm_up, lead=LEAD, seed=seed, synchronize=wait)
     calls = [([call], batch) for (_, batch, _), call in work.items()]
     measured = None if meter is None else measure_joules(calls, meter, wait, say)
-    joules, idle_w = measured or ([call.estimate_j for call in work.values()], 0.0)
+    read = measured or NetJoules([call.estimate_j for call in work.values()], 0.0, [""] * len(work))
     rows = []
-    for (key, latency), energy_j in zip(samples.items(), joules, strict=True):
+    for (key, latency), energy_j, note in zip(samples.items(), read.joules, read.notes, strict=True):
         name, batch, budget = key
         speedup = float(samples[name, batch, 1.0].samples_s.mean() / latency.samples_s.mean())
         source = meter if meter is not None and measured else estimate_meter(models[name])
@@ -187,9 +187,9 @@ def bench(
                 speedup=speedup,
                 share=speedup * work[key].macs_share,
                 joules=energy_j,
-                idle_watts=idle_w,
+                idle_watts=read.idle_w,
                 energy_source=source.source,
-                energy_scope=source.scope,
+                energy_scope=source.scope + note,
                 energy_kind=source.kind,
             )
         )

@@ -9,6 +9,7 @@ Joules are net: what an image adds to the power of the idle machine, which is me
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -26,10 +27,21 @@ from iret.runtime.timing import FORMATS, WARM_UP, Calls, clock_columns, estimate
 TIME_LIMIT_S = 30.0  # for the milliseconds
 ENERGY_LIMIT_S = 20.0  # for the joules of all points, if three windows take no longer
 ENERGY_MARGIN = 1.2  # windows of this many times the meter's resolution
-FAINT = 0.05  # of the idle power, which wanders by about so much on a large GPU: less than that is added in its noise
+FAINT = 0.05  # of the idle power, which wanders by about so much on a large GPU: work that adds less is hard to tell from it
 
 Say = Callable[[str], None]
 Work = tuple[Sequence[Callable[[], object]], int]  # calls, and how many images each of them looks at
+
+
+@dataclass(frozen=True)
+class NetJoules:
+    """What `measure_joules` read, one entry for each piece of work."""
+
+    joules: list[float]  # an image, net
+    idle_w: float  # what was taken off
+    notes: list[
+        str
+    ]  # to append to the meter's scope: ", faint" where work adds less than `FAINT` of the idle power, or ""
 
 
 def synchronizer(device: torch.device) -> Callable[[], object] | None:
@@ -72,10 +84,13 @@ def measure_device(
     calls = [[call for (at, _), call in work.items() if at == row] for row in range(len(points.points))]
     measured = measure_joules([(calls[row], 1) for row in rows], meter, wait, say)
     if measured:
-        source, (some, idle_w) = meter, measured
+        source, idle_w = meter, measured.idle_w
         ms = [np.mean([samples[key].p50_ms for key in work if key[0] == row]) for row in range(len(calls))]
-        joules = interpolate_joules(rows, some, np.array(ms), np.array([point.macs_mean for point in points.points]))
+        joules = interpolate_joules(
+            rows, measured.joules, np.array(ms), np.array([point.macs_mean for point in points.points])
+        )
         scope = "" if len(rows) == len(calls) else f", at {len(rows)} points"
+        scope += max(measured.notes)
     else:
         source, idle_w, scope = estimate_meter(model), 0.0, ""
         joules = [estimate_point(model.shape, model.precision, point) for point in points.points]
@@ -123,11 +138,11 @@ def announce(meter: EnergyMeter, count: int, say: Say) -> None:
 
 def measure_joules(
     work: Sequence[Work], meter: EnergyMeter, wait: Callable[[], object] | None, say: Say
-) -> tuple[list[float], float] | None:
+) -> NetJoules | None:
     """Net joules an image of each piece of work, and the idle power in W that was taken off its gross reading.
 
-    None where `meter` is an estimate, or any window of it fails, which is said: no table has estimates beside measurements. So is
-    work that adds little to the idle power.
+    Work that adds little to the idle power is measured, noted and said. None where `meter` is an estimate, or any window of it
+    fails, which is said: no table has estimates beside measurements.
     """
     if meter.kind == "estimated":
         return None
@@ -149,12 +164,13 @@ def measure_joules(
     except EnergyError as error:
         say(f"energy is estimated: {error}")
         return None
-    if min(powers_w) < FAINT * idle_w:
+    notes = [", faint" if power_w < FAINT * idle_w else "" for power_w in powers_w]
+    if any(notes):
         say(
-            f"some work adds only {min(powers_w):.2g} W to the idle machine's {idle_w:.3g} W, which wander by as much: such "
-            "joules are mostly noise; those of larger batches are less so"
+            f"some work adds only {min(powers_w):.2g} W to the idle machine's {idle_w:.3g} W; if these wander by as much, its "
+            "joules are mostly noise"
         )
-    return joules, idle_w
+    return NetJoules(joules, idle_w, notes)
 
 
 def estimate_meter(model: Iret) -> EstimateMeter:

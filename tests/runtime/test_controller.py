@@ -560,7 +560,7 @@ def test_a_battery_that_cannot_last_is_said_to_and_served_as_cheaply_as_can_be()
 
 def test_the_first_dear_image_is_reserved_for_at_once_but_is_no_proof():
     controller = Controller(LADDER, Goal(hours=1.0, images_per_second=1.0))
-    left = 3600 * 0.024  # the cheapest costs 0.02, noise and burst take another tenth
+    left = 3600 * 0.024  # 3 % more than the cheapest of all would be kept for burst and noise; the rest is to spend
     first = controller.decide(Reading(time_s=0.0, battery_joules=left))
     used = 1.25 * at(LADDER, first.budget, "joules")
     found = controller.decide(Reading(time_s=1.0, battery_joules=left - used, joules=used))

@@ -39,17 +39,21 @@ def test_costs_are_at_first_a_mean_in_which_the_table_counts_as_ten_images():
     assert doubts == []
 
 
-def test_what_was_measured_is_told_apart_from_what_was_believed_at_first():
+def test_to_be_careful_is_to_believe_the_measurements_alone_where_they_are_dearer():
     factor = Factor("joules")
-    assert factor.measured == 1.0
+    assert factor.careful == 1.0
     factor.take(3.0, 2.0, 1, [])
     factor.take(2.4, 2.0, 4, [])
-    assert factor.measured == pytest.approx((1.5 + 4 * 1.2) / 5)
+    assert factor.careful == pytest.approx((1.5 + 4 * 1.2) / 5)
     assert 1.0 < factor.value < 1.2
     factor.rescale(5.0)
-    assert factor.measured == factor.value
+    assert factor.careful == factor.value
+    believed = factor.value
     factor.take(8.0, 1.0, 1, [])
-    assert factor.measured == pytest.approx(8.0)
+    assert factor.careful == pytest.approx(8.0)
+    factor.rescale(1.0)
+    factor.take(0.8 * believed, 1.0, 1, [])
+    assert factor.careful == factor.value > 0.8 * believed
 
 
 @pytest.mark.parametrize("name", SMOOTHING)

@@ -152,7 +152,7 @@ class Controller:
     with probability 1e-6. Proof: k images are served above the cheapest rung only if, all k at their dearest, the reserve
     for all that can still come is left. So after the last such decision the rest, all at the cheapest rung, dies only if
     its noise exceeds s spread sqrt(m): by Azuma and Doob of probability exp(-s^2 / 2), once for each of A decisions
-    that may be the last. Measured costs above the table's raise c_min, by what was measured alone, and never lower it.
+    that may be the last. Measured costs above the table's raise all these at once, and none below lower them.
 
     *Promise 2, little is lost.* If besides at least 1,000 images come, thinned evenly from the stated demand to a constant,
     unknown share of at least a tenth (of n images one in each n-th part of the demand), with 1.1 times the energy of
@@ -291,8 +291,7 @@ class Controller:
         assert self._battery is not None and self._battery.left is not None and self._demand is not None
         demand, factor = self._demand, self._joule_factor
         usable = self._battery.left - self._idle_watts * (demand.end_s - demand.time_s)
-        likely = max(1.0, factor.value)  # costs below the table's must not loosen the promise
-        careful = max(likely, factor.measured)
+        likely, careful = max(1.0, factor.value), max(1.0, factor.careful)  # costs below the table's loosen no promise
         later = max(demand.most - images, 0.0)
         noise = self._spread * min(later, self._sigmas * math.sqrt(later))
         limit = (usable / careful - cheapest * (later + noise)) / (images * (1 + self._spread))

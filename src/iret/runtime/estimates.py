@@ -57,9 +57,11 @@ class Factor:
         return table * ratio
 
     @property
-    def measured(self) -> float:
-        """As `value`, of the measurements alone; what was believed at first while there are none."""
-        return self._base if self._belief == 1 else (self.value - self._belief * self._base) / (1 - self._belief)
+    def careful(self) -> float:
+        """`value`, or the mean of the measurements alone where that is higher: at first `value` is mostly belief."""
+        if self._belief == 1:
+            return self.value
+        return max(self.value, (self.value - self._belief * self._base) / (1 - self._belief))
 
     @property
     def room(self) -> float:
