@@ -572,17 +572,37 @@ def test_the_first_dear_image_is_reserved_for_at_once_but_is_no_proof():
     assert found.budget > 0.2
 
 
-def test_a_deadline_binds_the_95th_percentile_and_follows_the_measured_latency():
+def test_a_deadline_binds_the_95th_percentile_and_is_careful_until_images_were_timed():
     controller = Controller(LADDER, Goal(deadline_ms=9.5))
     found = controller.decide(Reading(time_s=0.0))
-    assert found.budget == pytest.approx(0.633, abs=0.003)  # p95 = 9.5; all of it would take 10
+    assert 1.25 * at(LADDER, found.budget, "ms_p95") == pytest.approx(9.5, rel=0.006)
     assert found.reason == "deadline: 9.5 ms, for 95 of 100 images"
-    for second in range(1, 200):  # the device is twice as slow as its table
-        found = controller.decide(Reading(time_s=float(second), ms=2 * at(LADDER, found.budget, "ms")))
-    assert 2 * at(LADDER, found.budget, "ms_p95") == pytest.approx(9.5, rel=0.03)
-    assert Controller(LADDER, Goal(deadline_ms=11.0)).decide(Reading(time_s=0.0)).budget == 1.0
+    for second in range(1, 200):  # as the table says
+        found = controller.decide(Reading(time_s=float(second), ms=at(LADDER, found.budget, "ms_p95")))
+    assert at(LADDER, found.budget, "ms_p95") == pytest.approx(9.5, rel=0.03)
+    assert Controller(LADDER, Goal(deadline_ms=13.0)).decide(Reading(time_s=0.0)).budget == 1.0
     found = Controller(LADDER, Goal(deadline_ms=1.0)).decide(Reading(time_s=0.0))
     assert (found.budget, found.broken) == (0.2, ("deadline",))
+    assert found.doubts == ("95 of 100 images take up to 3.75 ms at the fastest",)
+
+
+@days
+@given(seeds, st.sampled_from([0.5, 1.0, 2.0, 3.0]))
+def test_on_a_device_faster_or_slower_than_its_table_a_deadline_holds_for_95_of_100_images(seed, slower):
+    """Images spread as they like: some pass all stages and take three times what the others do."""
+    random = np.random.default_rng(seed)
+    deadline_ms = float(random.uniform(3.0, 8.0)) * slower  # the cheapest takes 1.3 times 2.0 here
+    hard, noise = random.uniform(0.0, 0.6), random.uniform(0.0, 0.2)
+    controller = Controller(LADDER, Goal(deadline_ms=deadline_ms))
+    found, late = controller.decide(Reading(time_s=0.0)), []
+    for second in range(1, 1500):
+        kind = 1.2 if random.random() < hard else 0.4
+        ms = slower * kind * at(LADDER, found.budget, "ms") * (1 + noise * random.uniform(-1, 1))
+        late.append(ms > deadline_ms)
+        found = controller.decide(Reading(time_s=float(second), ms=ms))
+    assert np.mean(late) <= 0.06
+    assert found.broken == ()
+    assert found.budget > 0.2 or deadline_ms < 4.0 * slower  # nor is it met by going slow
 
 
 def test_heat_takes_the_cost_back_in_proportion_and_recovers_with_hysteresis():
@@ -624,7 +644,7 @@ def test_a_floor_yields_to_all_others():
     found = Controller(LADDER, battery).decide(Reading(time_s=0.0, battery_joules=3600 * 0.05))
     assert found.budget == pytest.approx(0.5, rel=0.005)
     assert found.broken == ("accuracy",)
-    found = Controller(LADDER, Goal(deadline_ms=6.0, min_accuracy=0.65)).decide(Reading(time_s=0.0))
+    found = Controller(LADDER, Goal(deadline_ms=1.25 * 6.0, min_accuracy=0.65)).decide(Reading(time_s=0.0))
     assert (found.budget, found.broken) == (pytest.approx(0.4), ("accuracy",))
 
 
@@ -632,7 +652,7 @@ def test_a_deadline_comes_before_the_battery():
     menu = Menu(
         budget=(0.5, 1.0), accuracy=(0.5, 0.6), ms=(9.0, 5.0), ms_p95=(9.0, 5.0), joules=(0.01, 0.1)
     )  # cheap is slow
-    found = Controller(menu, Goal(hours=1.0, images_per_second=1.0, deadline_ms=5.0)).decide(
+    found = Controller(menu, Goal(hours=1.0, images_per_second=1.0, deadline_ms=1.25 * 5.0)).decide(
         Reading(time_s=0.0, battery_joules=50.0)
     )
     assert (found.budget, found.broken) == (1.0, ("battery",))
@@ -684,7 +704,9 @@ def test_noisy_latency_does_not_chatter():
         ms = at(LADDER, found[-1].budget, "ms") * float(random.uniform(0.9, 1.1))
         found.append(controller.decide(Reading(time_s=float(second), ms=ms)))
     assert turns(found) < 60
-    assert found[-1].budget == pytest.approx(0.533, rel=0.06)
+    assert found[-1].budget == pytest.approx(
+        0.67, rel=0.03
+    )  # 1.1 times the mean is within 8 ms, and 5 % less is near enough
 
 
 def test_a_small_change_does_not_turn_the_dial_and_a_large_one_does():
@@ -767,7 +789,7 @@ def test_a_goal_that_the_table_cannot_judge_is_refused():
     bare = Menu(budget=(0.5,), accuracy=(0.5,))
     with pytest.raises(ValueError, match="a battery needs the joules of every operating point; measure them"):
         Controller(bare, Goal(hours=1.0, images_per_second=1.0))
-    with pytest.raises(ValueError, match="a deadline needs ms and ms_p95"):
+    with pytest.raises(ValueError, match="a deadline needs ms_p95"):
         Controller(bare, Goal(deadline_ms=1.0))
     with pytest.raises(ValueError, match="spread=-1 must be 0 or more"):
         Controller(LADDER, Goal(deadline_ms=1.0), spread=-1.0)

@@ -2,14 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from iret.runtime.estimates import (
     COST_IMAGES,
     DEMAND_IMAGES,
+    HASTE,
     SETTLE_IMAGES,
     SMOOTHING,
     Battery,
+    Deadline,
     Demand,
     Factor,
     Thermometer,
@@ -31,7 +34,7 @@ def test_anything_else_is_no_number(value):
 
 
 def test_costs_are_at_first_a_mean_in_which_the_table_counts_as_ten_images():
-    factor, doubts = Factor("ms"), []
+    factor, doubts = Factor(), []
     assert factor.take(6.0, 4.0, 1, doubts) == 6.0
     assert factor.value == pytest.approx((COST_IMAGES + 1.5) / (COST_IMAGES + 1))
     factor.take(4.0, 4.0, 9, doubts)
@@ -40,7 +43,7 @@ def test_costs_are_at_first_a_mean_in_which_the_table_counts_as_ten_images():
 
 
 def test_to_be_careful_is_to_believe_the_measurements_alone_where_they_are_dearer():
-    factor = Factor("joules")
+    factor = Factor()
     assert factor.careful == 1.0
     factor.take(3.0, 2.0, 1, [])
     factor.take(2.4, 2.0, 4, [])
@@ -56,35 +59,78 @@ def test_to_be_careful_is_to_believe_the_measurements_alone_where_they_are_deare
     assert factor.careful == factor.value > 0.8 * believed
 
 
-@pytest.mark.parametrize("name", SMOOTHING)
-def test_costs_are_learned_and_one_odd_measurement_weighs_little(name):
-    factor = Factor(name)
+def test_costs_are_learned_and_one_odd_measurement_weighs_little():
+    factor = Factor()
     for _ in range(1000):
         factor.take(3.0, 2.0, 1, [])
     assert factor.value == pytest.approx(1.5, rel=0.01)
     factor.take(7.9, 2.0, 1, [])
-    assert factor.value == pytest.approx(1.5 + SMOOTHING[name] * 1.5, rel=0.01)  # 3.95 times, heard as twice 1.5
+    assert factor.value == pytest.approx(1.5 + SMOOTHING * 1.5, rel=0.01)  # 3.95 times, heard as twice 1.5
 
 
 @pytest.mark.parametrize(("measured", "believed"), [(100.0, 8.0), (0.001, 0.5)])
 def test_a_measurement_far_off_the_table_is_clipped_and_named(measured, believed):
-    factor, doubts = Factor("joules"), []
+    factor, doubts = Factor(), []
     assert factor.take(measured, 2.0, 1, doubts) == believed
     assert doubts == [f"joules measured at {measured / 2:.3g} times the table's"]
 
 
 @pytest.mark.parametrize(
-    ("measured", "said"), [(None, []), (0.0, ["ms measured as 0.0"]), (math.nan, ["ms measured as nan"])]
+    ("measured", "said"), [(None, []), (0.0, ["joules measured as 0.0"]), (math.nan, ["joules measured as nan"])]
 )
 def test_a_meter_that_says_nothing_is_stood_in_for_by_what_was_learned(measured, said):
-    factor, doubts = Factor("ms"), []
+    factor, doubts = Factor(), []
     factor.value = 1.5
     assert factor.take(measured, 2.0, 3, doubts) == 3.0
     assert (factor.value, doubts) == (1.5, said)
 
 
+def test_a_deadline_goes_by_what_one_image_in_twenty_exceeds():
+    deadline, doubts, random = Deadline(10.0), [], np.random.default_rng(0)
+    assert (deadline.value, deadline.limit) == (HASTE, 10.0 / HASTE)
+    for ratio in random.uniform(0.5, 1.5, 2000):
+        deadline.take(4.0 * ratio, 4.0, 1, doubts)
+    assert deadline.value == pytest.approx(1.45, abs=0.05)
+    for ratio in random.uniform(0.25, 0.75, 600):
+        deadline.take(4.0 * ratio, 4.0, 1, doubts)
+    assert deadline.value == pytest.approx(0.725, abs=0.03)
+    assert doubts == []
+
+
+def test_one_late_image_counts_at_first_and_one_in_a_hundred_does_not():
+    deadline = Deadline(10.0)
+    for _ in range(9):
+        deadline.take(4.0, 5.0, 1, [])
+    assert deadline.value == HASTE  # so few images tell nothing of one in twenty
+    early = Deadline(10.0)
+    early.take(10.0, 5.0, 1, [])
+    assert early.value == 2.0
+    for _ in range(100):
+        deadline.take(4.0, 5.0, 1, [])
+    assert deadline.value == 0.8
+    deadline.take(10.0, 5.0, 1, [])
+    assert deadline.value == 0.8
+    deadline.take(10.0, 5.0, 10, [])  # the mean of ten stands for each
+    assert deadline.value == 2.0
+
+
+@pytest.mark.parametrize(
+    ("measured", "value", "said"),
+    [
+        (None, HASTE, []),
+        (0.0, HASTE, ["ms measured as 0.0"]),
+        (math.nan, HASTE, ["ms measured as nan"]),
+        (100.0, 4.0, ["ms measured at 20 times the table's 95th percentile"]),
+    ],
+)
+def test_a_clock_that_says_nothing_believable_is_named(measured, value, said):
+    deadline, doubts = Deadline(10.0), []
+    deadline.take(measured, 5.0, 1, doubts)
+    assert (deadline.value, doubts) == (value, said)
+
+
 def test_a_table_found_to_be_off_moves_what_is_believable():
-    factor, doubts = Factor("joules"), []
+    factor, doubts = Factor(), []
     factor.rescale(1000.0)
     assert factor.value == 1000.0
     assert factor.take(3000.0, 1.0, 1, doubts) == 3000.0 and doubts == []
@@ -225,7 +271,7 @@ def test_a_gauge_that_falls_a_little_faster_than_is_believable_is_learned_from_t
 
 
 def test_what_an_image_can_believably_take_is_counted_from_the_table():
-    factor = Factor("joules")
+    factor = Factor()
     assert factor.room == 4.0
     for _ in range(1000):
         factor.take(3.0, 1.0, 1, [])

@@ -419,9 +419,7 @@ def test_milliseconds_and_joules_that_cannot_be_had_are_refused(tmp_path, asked,
 
 def test_a_session_too_slow_for_what_is_asked_is_told_to_measure_itself_again(tmp_path):
     session = measured(make_session(tmp_path, Pretender()))
-    with pytest.raises(
-        ValueError, match=r"0\.400 \(in Python budget=\) .* measure again with session\.measure\(\)"
-    ) as refusal:
+    with pytest.raises(ValueError, match=r"0\.400 of the MACs; .* measure again with session\.measure\(\)") as refusal:
         session(make_images(0.0), ms=1.0)
     assert "iret calibrate" not in str(refusal.value)
 
@@ -569,13 +567,13 @@ def test_a_controller_turns_the_dial_down_when_calls_take_longer_than_the_table_
     slow = [1.0]
     engine = Pretender(lambda stage, images, tokens: 2e-4 * tokens * slow[0])  # the table's 10 ms at 51 tokens
     menu = POINTS.with_device(make_table("here")).menu("here")
-    session = make_session(tmp_path, engine, Clockwork(menu, Goal(deadline_ms=13.0), engine))
+    session = make_session(tmp_path, engine, Clockwork(menu, Goal(deadline_ms=16.0), engine))
     assert [session(make_images(0.3)).budget[0] for _ in range(20)] == [1.0] * 20
     slow[0] = 2.0
-    budgets = [session(make_images(0.3)).budget[0] for _ in range(60)]
-    assert budgets[-1] < 0.8
+    found = [session(make_images(0.3)) for _ in range(60)][-1]
+    assert found.budget[0] < 0.95 and found.engine_s <= 0.016
     slow[0] = 1.0
-    assert [session(make_images(0.3)).budget[0] for _ in range(100)][-1] > 0.98
+    assert [session(make_images(0.3)).budget[0] for _ in range(300)][-1] > 0.98
 
 
 # ---- threads

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from iret.runtime.estimates import FACTORS, Battery, Demand, Factor, Thermometer, read_number
+from iret.runtime.estimates import FACTORS, Battery, Deadline, Demand, Factor, Thermometer, read_number
 
 STEP = 0.005  # the dial is cut into rungs; each costs at most this share more than the one before
 BAND, GAIN = 0.02, 0.005  # hysteresis: a smaller drift of the cost (share) and gain of accuracy does not turn the dial
@@ -173,18 +173,19 @@ class Controller:
     run ahead of its pace: it would only be missed by more later. Alone, it asks for the cheapest rung above it.
 
     *Sensors.* Missing or impossible values are skipped and named in `doubts`. Between readings of the gauge, energy is
-    reckoned from measured or, without a meter, corrected predicted costs. A gauge below the reckoning is believed at
-    once; one above it only after it fell plausibly for 16 images, so neither if it is stuck nor if it jumps up, and a
-    charger only once it is unplugged. Measured / predicted is held within 1/4 to 4, a single measurement to a factor of
-    two, and one below 1 never loosens promise 1: with a truthful gauge the battery lasts whatever the meter says.
-    A gauge that goes on falling faster than that, over 16 images and in more than two falls, so not by a jump, overrules
-    table and meter and is the only meter from then on: estimates are of the arithmetic alone, often a thousandth of what
-    a device takes. Until this is known, some 20 images by a fine gauge, or 4 % of the battery by one in whole percent, go at
-    the wrong cost; with 40 of the dearest images and a fifth of the energy to spare the battery lasts all the same (seen: on each
-    of 32,000 days with costs 2 to 2,000 times the table's, three quarters of them up to 6.5, where it is longest in doubt).
-    Without a gauge a full battery of `Goal.battery_joules` is assumed; without that too, nothing is known, and the cheapest
-    rung (above the floor) is taken. The thermometer is a median of three; without one for a minute the cap is assumed to be
-    reached. Not to be seen: a thermometer that is stuck, a clock that leaps ahead, a gauge and a meter that lie alike.
+    reckoned from measured or, without a meter, corrected predicted costs. A gauge below the reckoning is believed at once;
+    one above it only after it fell plausibly for 16 images, so neither if it is stuck nor if it jumps up, and a charger only
+    once it is unplugged. Measured / predicted joules are held within 1/4 to 4, a single measurement to a factor of two, and
+    one below 1 never loosens promise 1: with a truthful gauge the battery lasts whatever the meter says. A gauge that goes on
+    falling faster than that, over 16 images and in more than two falls, so not by a jump, overrules table and meter and is
+    the only meter from then on: estimates are of the arithmetic alone, often a thousandth of what a device takes. Until this
+    is known, some 20 images by a fine gauge, or 4 % of the battery by one in whole percent, go at the wrong cost; with 40 of
+    the dearest images and a fifth of the energy to spare the battery lasts all the same (seen: on each of 32,000 days with
+    costs 2 to 2,000 times the table's, three quarters of them up to 6.5, where it is longest in doubt). A deadline goes by
+    the 95th percentile of measured over the table's in some hundred images, at first a quarter above it. Without a gauge a
+    full battery of `Goal.battery_joules` is assumed; without that too, nothing is known, and the cheapest rung (above the
+    floor) is taken. The thermometer is a median of three; without one for a minute the cap is assumed to be reached. Not to
+    be seen: a thermometer that is stuck, a clock that leaps ahead, a gauge and a meter that lie alike.
 
     Raises:
         ValueError: the goal needs a column that the menu does not have.
@@ -193,14 +194,15 @@ class Controller:
     def __init__(self, menu: Menu, goal: Goal, spread: float = 0.25) -> None:
         if goal.hours is not None and menu.joules is None:
             raise ValueError("a battery needs the joules of every operating point; measure them on this device first.")
-        if goal.deadline_ms is not None and (menu.ms is None or menu.ms_p95 is None):
-            raise ValueError("a deadline needs ms and ms_p95 of every operating point; measure them on this device.")
+        if goal.deadline_ms is not None and menu.ms_p95 is None:
+            raise ValueError("a deadline needs ms_p95 of every operating point; measure them on this device.")
         if not 0 <= spread < math.inf:
             raise ValueError(f"spread={spread:g} must be 0 or more.")
         self.goal = goal
         self._rungs = _cut(menu, goal)
         self._spread, self._idle_watts, self._is_estimated = spread, menu.idle_watts, menu.is_estimated
-        self._joule_factor, self._ms_factor = Factor("joules"), Factor("ms")
+        self._joule_factor = Factor()
+        self._deadline = None if goal.deadline_ms is None else Deadline(goal.deadline_ms)
         self._heat = None if goal.max_celsius is None else Thermometer(goal.max_celsius)
         self._battery = self._demand = None
         if goal.hours is not None and goal.images_per_second is not None:
@@ -217,7 +219,7 @@ class Controller:
         doubts: list[str] = []
         self._take(reading, doubts)
         self._planned = images
-        rungs, goal, heat, battery = self._rungs, self.goal, self._heat, self._battery
+        rungs, goal, heat, deadline, battery = self._rungs, self.goal, self._heat, self._deadline, self._battery
         broken: list[str] = []
         fits, best, reason, limit, pace = rungs.all, 0, "nothing binds: the most accurate position", math.inf, math.inf
         if heat is not None:
@@ -226,12 +228,13 @@ class Controller:
                 broken.append("temperature")
             if first != best:
                 best, reason = first, heat.reason
-        if goal.deadline_ms is not None:
-            fits, first, is_met = _within(fits, rungs.ms_p95, goal.deadline_ms / self._ms_factor.value)
+        if deadline is not None:
+            fits, first, is_met = _within(fits, rungs.ms_p95, deadline.limit)
+            if first != best:
+                best, reason = first, f"deadline: {deadline.ms:g} ms, for 95 of 100 images"
             if not is_met:
                 broken.append("deadline")
-            if first != best:
-                best, reason = first, f"deadline: {goal.deadline_ms:g} ms, for 95 of 100 images"
+                doubts.append(deadline.explain(rungs.ms_p95[first]))
         if battery is not None and battery.left is not None:
             cheapest = rungs.cheapest if fits is rungs.all else float(rungs.joules[fits].min())
             limit, pace, is_met = self._afford(cheapest, images)
@@ -247,9 +250,7 @@ class Controller:
         elif battery is not None:
             broken.append("battery")
             best = self._frugal(fits)
-            reason = (
-                "battery: neither a gauge nor --battery-wh (battery_joules) says what is left, so as cheap as can be"
-            )
+            reason = "battery: neither gauge nor --battery-wh (battery_joules) says what is left, so as cheap as can be"
         elif rungs.is_unlimited:
             best, reason = self._frugal(fits), f"accuracy: as cheap as {goal.min_accuracy} allows"
         held = self._held = self._turn(fits, best, limit, pace)
@@ -308,14 +309,15 @@ class Controller:
             doubts.append("the clock gives no time or went back")
         passed_s = max(0.0, time_s - self._time_s)
         self._time_s += passed_s
-        images, used = 0, 0.0
+        used, count = 0.0, read_number(reading.images)
         joules = None if self._battery is not None and self._battery.has_overruled else reading.joules
-        if held is not None:  # nothing before the first decision was ours
-            count = read_number(reading.images)
-            images = self._planned if count is None else int(count)
+        images = (
+            0 if held is None else self._planned if count is None else int(count)
+        )  # nothing was ours before a decision
         if held is not None and images:
             used = self._joule_factor.take(joules, images * float(self._rungs.joules[held]), images, doubts)
-            self._ms_factor.take(reading.ms, float(self._rungs.ms[held]), images, doubts)
+            if self._deadline is not None:
+                self._deadline.take(reading.ms, float(self._rungs.ms_p95[held]), images, doubts)
         if self._heat is not None:
             self._heat.take(reading.celsius, self._time_s, doubts)
         if self._battery is not None and self._demand is not None:
@@ -347,8 +349,7 @@ class _Rungs:
     budget: np.ndarray
     accuracy: np.ndarray
     cost: np.ndarray  # in what governs first
-    joules: np.ndarray  # NaN where the menu has none, as are ms and ms_p95
-    ms: np.ndarray
+    joules: np.ndarray  # NaN where the menu has none, as is ms_p95
     ms_p95: np.ndarray
     is_unlimited: bool  # only a floor is asked for
 
@@ -385,7 +386,7 @@ def _cut(menu: Menu, goal: Goal) -> _Rungs:
     accuracy = table["accuracy"]
     order = np.lexsort((*costs[::-1], -accuracy))
     kept = {name: column[order] for name, column in table.items()}
-    extra = {name: kept.get(name, np.full(len(order), np.nan)) for name in ("joules", "ms", "ms_p95")}
+    extra = {name: kept.get(name, np.full(len(order), np.nan)) for name in ("joules", "ms_p95")}
     return _Rungs(kept["budget"], kept["accuracy"], costs[0][order], **extra, is_unlimited=not governing)
 
 

@@ -6,12 +6,17 @@ What is believed when, and why, stands at `iret.runtime.controller.Controller`.
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
 # At first demand and costs are believed as stated; this many images weigh as much as that belief.
 DEMAND_IMAGES, COST_IMAGES = 3, 10
-SMOOTHING = {"joules": 0.01, "ms": 0.05}  # weight of one image in measured / predicted; the gauge corrects joules too
+SMOOTHING = 0.01  # weight of one image in measured / predicted
+LATE = 0.05  # share of images that may miss a deadline
+# Tables time calls in a row, with warm caches: until images tell, one in ten takes so many times the 95th percentile.
+HASTE = 1.25
+EASE = 0.05  # share by which a 95th percentile must have fallen to be believed; a rise is believed at once
 FACTORS = 0.25, 4.0  # believable measured / predicted
 SETTLE_IMAGES = 16  # a gauge above the reckoning, or far steeper than it, is believed after falling so for so long
 BLUR = 0.5  # a gauge tells what images take once one reading more or less makes so small a part of it
@@ -32,10 +37,10 @@ def read_number(value: object) -> float | None:
 
 
 class Factor:
-    """Measured / predicted of one measure: at first a plain mean, then exponentially weighted."""
+    """Measured / predicted joules: at first a plain mean, then exponentially weighted."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.value, self._base, self._count = name, 1.0, 1.0, COST_IMAGES
+    def __init__(self) -> None:
+        self.value, self._base, self._count = 1.0, 1.0, COST_IMAGES
         self._belief = 1.0  # how much of `value` is still what was believed at first
 
     def take(self, measured: float | None, table: float, images: int, doubts: list[str]) -> float:
@@ -43,15 +48,15 @@ class Factor:
         number = read_number(measured)
         if not number or math.isnan(table):  # 0 is a meter that sleeps
             if measured is not None and not number:
-                doubts.append(f"{self.name} measured as {measured}")
+                doubts.append(f"joules measured as {measured}")
             return table * self.value
         ratio = min(max(number / table, FACTORS[0] * self._base), FACTORS[1] * self._base)
         if ratio != number / table:
-            doubts.append(f"{self.name} measured at {number / table:.3g} times the table's")
+            doubts.append(f"joules measured at {number / table:.3g} times the table's")
         # Clipped, not a median: costs are skewed, and the median of skewed costs is not their mean.
         bounded = min(max(ratio, self.value / 2), self.value * 2)
         self._count += images
-        weight = max(images / self._count, 1 - (1 - SMOOTHING[self.name]) ** images)
+        weight = max(images / self._count, 1 - (1 - SMOOTHING) ** images)
         self.value += weight * (bounded - self.value)
         self._belief *= 1 - weight
         return table * ratio
@@ -72,6 +77,52 @@ class Factor:
         """The table is off: things cost `ratio` times what was believed, and what is believable lies around that."""
         self.value = self._base = max(1.0, ratio * self.value)
         self._count, self._belief = COST_IMAGES, 1.0
+
+
+class Deadline:
+    """How many times the table's 95th percentile of the milliseconds 95 of 100 images take here: exponentially weighted.
+
+    A quantile and not a mean, for the images that come may spread otherwise than those of the table. At first the table counts
+    as ten images, one of which takes `HASTE`.
+    """
+
+    def __init__(self, ms: float) -> None:
+        self.ms, self.value = ms, HASTE
+        self._heard = [(HASTE, 1.0)]  # ratios and their weights
+        self._rest = COST_IMAGES - 1.0  # weight of what the table puts below
+
+    def take(self, measured: float | None, table: float, images: int, doubts: list[str]) -> None:
+        """Learn from the mean milliseconds of some images, which stands for each; `table` is the table's 95th percentile."""
+        number = read_number(measured)
+        if not number:
+            if measured is not None:
+                doubts.append(f"ms measured as {measured}")
+            return
+        ratio = min(max(number / table, FACTORS[0]), FACTORS[1])
+        if ratio != number / table:
+            doubts.append(f"ms measured at {number / table:.3g} times the table's 95th percentile")
+        fading = (1 - SMOOTHING) ** images
+        kept = [(other, weight * fading) for other, weight in self._heard if weight > SMOOTHING]
+        self._heard, self._rest = [*kept, (ratio, (1 - fading) / SMOOTHING)], self._rest * fading
+        heard = self._quantile()
+        if not self.value * (1 - EASE) <= heard <= self.value:
+            self.value = heard
+
+    def _quantile(self) -> float:
+        """The least of what was heard that is exceeded by `LATE` of all or less."""
+        slowest = sorted(self._heard, reverse=True)
+        allowed = LATE * (self._rest + sum(weight for _, weight in slowest))
+        late = accumulate(weight for _, weight in slowest)
+        return next(ratio for (ratio, _), weight in zip(slowest, late, strict=True) if weight > allowed)
+
+    @property
+    def limit(self) -> float:
+        """The table's 95th percentile to stay under."""
+        return self.ms / self.value
+
+    def explain(self, fastest: float) -> str:
+        """Why it cannot be held, where the least of the table's 95th percentiles is `fastest`."""
+        return f"95 of 100 images take up to {fastest * self.value:.3g} ms at the fastest"
 
 
 class Thermometer:

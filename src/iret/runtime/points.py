@@ -189,8 +189,7 @@ class OperatingPoints:
         if budget < self.cheapest_budget:
             raise ValueError(
                 f"budget={budget:g} is below the cheapest operating point of this model, "
-                f"{round_up(self.cheapest_budget)} of its MACs; ask for that or more, or give thresholds above "
-                f"{self.points[-1].thresholds}."
+                f"{round_up(self.cheapest_budget)} of its MACs; ask for that or more."
             )
         shares, ladder = self.shares, self._ladder
         above = int(np.searchsorted(shares, budget, side="right"))
@@ -242,8 +241,8 @@ class OperatingPoints:
             least = Context(prec=4, rounding=ROUND_CEILING).create_decimal(repr(float(cost)))
             raise ValueError(
                 f"{unit}={asked:g} is below the cheapest operating point on this device, {float(least):g} {unit} at "
-                f"{round_up(share)} of the MACs; ask for that or more, give --budget {round_up(share)} (in Python "
-                f"budget=) in its place, or measure again with {remedy} if this machine was busy then."
+                f"{round_up(share)} of the MACs; ask for that or more, or for that budget in its place. If this machine was busy "
+                f"when it was measured, measure again with {remedy}."
             )
         return budget
 

@@ -62,7 +62,7 @@ def do_predict(args: argparse.Namespace) -> int:
                 )
     if pictures:
         save_image(stack(pictures), Path(args.show))
-    notes = [*chosen, *_explain_exit(args, has_goal=pilot is not None)]
+    notes = [*chosen, *_explain_exit(args, has_goal=pilot is not None), *_count_late(args, predictions)]
     if args.json:
         answers = [
             asdict(answer) | {"decision": decision and asdict(decision)}
@@ -115,6 +115,14 @@ def _explain_exit(args: argparse.Namespace, *, has_goal: bool) -> list[str]:
         f"images leave at --exit-confidence {args.exit_confidence:g} in place of the operating point's own, so the cost and the "
         "accuracy that it was chosen for need not hold"
     ]
+
+
+def _count_late(args: argparse.Namespace, predictions) -> list[str]:
+    """How many images missed --deadline; nothing without one."""
+    if args.deadline is None or not predictions:
+        return []
+    late = sum(1e3 * answer.time_s > args.deadline for answer in predictions)
+    return [f"{late} of {len(predictions)} images took longer than --deadline {args.deadline:g}"]
 
 
 def _explain_decisions(decisions) -> list[str]:
