@@ -213,7 +213,7 @@ def test_a_cap_is_a_goal_too(capsys):
         ("--battery-wh -1", "--battery-wh -1 must be above 0"),
         ("--kelvin-per-watt 0", "--kelvin-per-watt 0 must be above 0"),
         ("--max-celsius -4", "--max-celsius -4 must be above 0"),
-        ("--busy 2", "busy=2 is outside"),
+        ("--busy 2", "--busy 2 is above 1"),
         ("--idle-watts -1", "--idle-watts -1 must be 0 or more"),
     ],
 )

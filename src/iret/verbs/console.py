@@ -70,6 +70,14 @@ def check_above_zero(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value:g} must be above 0.")
 
 
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for a count that was given and is below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be 1 or more.")
+
+
 def check_idle_watts(watts: float | None) -> None:
     """Raises ValueError unless it was left out, or is finite and 0 or more."""
     if watts is not None and not 0 <= watts < math.inf:

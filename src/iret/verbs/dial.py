@@ -10,6 +10,7 @@ from pathlib import Path
 
 from iret.verbs.console import (
     check_above_zero,
+    check_counts,
     check_device,
     check_folder,
     check_idle_watts,
@@ -152,6 +153,7 @@ def _find_points(args: argparse.Namespace, model, folder: Path):
         raise ValueError(
             "operating points are found on held-out images; give --data, or --device-only for the clock alone."
         )
+    check_counts(args, "trials", "max_images")
     data = open_data(args, "val", model)
     folder.mkdir(parents=True, exist_ok=True)
     points = calibrate(
@@ -210,8 +212,9 @@ def do_bench(args: argparse.Namespace) -> int:
         check_unused(Path(args.out))
     device = check_device(args.device)
     set_threads(args.threads)
-    if args.rounds < 1 or min(args.batch) < 1:
-        raise ValueError(f"--rounds {args.rounds} and --batch {min(args.batch)} must be 1 or more.")
+    check_counts(args, "rounds")
+    if min(args.batch) < 1:
+        raise ValueError(f"--batch {min(args.batch)} must be 1 or more.")
     models = {}
     context: AbstractContextManager = nullcontext()
     for name in args.models:
@@ -262,6 +265,8 @@ def do_simulate(args: argparse.Namespace) -> int:
     check_picture(args.show)
     check_above_zero(args, "hours", "rate", "battery_wh", "busy", "max_celsius", "kelvin_per_watt")
     check_idle_watts(args.idle_watts)
+    if args.busy > 1:
+        raise ValueError(f"--busy {args.busy:g} is above 1; it is the share of the stated images that come.")
     points, table = _clocked(args)
     menu = points.menu(table.device, args.idle_watts)
     images = 3600 * args.hours * args.rate

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from iret.arguments import read_thresholds
-from iret.verbs.console import announce_hub, check_device, check_folder, fail, open_data, print_table, say, set_threads
+from iret.verbs.console import (
+    announce_hub,
+    check_counts,
+    check_device,
+    check_folder,
+    fail,
+    open_data,
+    print_table,
+    say,
+    set_threads,
+)
 
 
 def do_train(args: argparse.Namespace) -> int:
@@ -67,6 +77,7 @@ def do_evaluate(args: argparse.Namespace) -> int:
     from iret.zoo import load
 
     set_threads(args.threads)
+    check_counts(args, "batch_size", "max_images")
     model, context = prepare(load(args.model).to(check_device(args.device)), args.precision)
     if args.threshold is not None:
         names, settings = [" ".join(args.threshold)], [Setting(thresholds=read_thresholds(args.threshold))]

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from iret.verbs.console import open_data, print_table, say, set_threads
+from iret.verbs.console import check_counts, open_data, print_table, say, set_threads
 
 COLUMNS = ("setting", "images", "top-1 fp32", "int8", "difference", "same answer", "same patches")
 MAX_IMAGES = 64  # of --data, to check and calibrate on
@@ -17,8 +17,7 @@ def do_export(args: argparse.Namespace) -> int:
     from iret.runtime.bundle import ENGINES
     from iret.zoo import load
 
-    if args.max_images is not None and args.max_images < 1:
-        raise ValueError(f"--max-images {args.max_images} must be 1 or more.")
+    check_counts(args, "max_images")
     if args.max_images is not None and args.data is None:
         raise ValueError(f"--max-images {args.max_images} is of --data; give both, or neither.")
     set_threads(1)  # tracing is not parallel, and two pools of threads slow each other
