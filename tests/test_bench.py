@@ -103,8 +103,15 @@ def test_a_meter_gives_the_joules_of_an_image_over_the_idle_power(monkeypatch):
     rows, _ = bench({"pico": model}, [], [4], rounds=5, warm_up=0, meter=meter)
     assert meter.num_windows == 2
     assert (rows[0].energy_kind, rows[0].energy_source, rows[0].energy_scope) == ("measured", "fake:0", "a fake board")
-    assert rows[0].idle_watts == 1.0
+    assert (rows[0].idle_watts, rows[0].is_faint) == (1.0, False)
     assert rows[0].joules == pytest.approx((3.0 - 1.0) / (4 * calls.count(2)))
+
+
+def test_a_row_that_adds_little_to_the_idle_power_is_faint(monkeypatch):
+    model, meter = make_model(), FakeMeter()
+    monkeypatch.setattr("iret.clock.FAINT", 3.0)  # the meter's windows add twice the idle power
+    rows, _ = bench({"pico": model}, [], [1], rounds=5, warm_up=0, meter=meter)
+    assert rows[0].is_faint and rows[0].energy_scope == "a fake board"
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])

@@ -118,6 +118,19 @@ def test_a_meter_is_asked_for_every_point_and_once_for_the_idle_machine(monkeypa
     assert said[1:] == ["then joules from fake:0: 2 windows of 0.012 s and one of the idle machine, 0 s or more"]
 
 
+def test_a_table_of_joules_that_are_faint_says_so(monkeypatch):
+    model, meter, windows = make_model(), FakeMeter(), []
+
+    def work(images, plans, point):  # once a window, which the meter takes to be a second
+        if meter.num_windows and meter.num_windows not in windows:
+            windows.append(meter.num_windows)
+            spend(meter, 1.0 if len(windows) == 1 else 0.02)
+
+    monkeypatch.setattr(model, "replay", work)
+    table, _ = measure_device(model, model.points, meter)
+    assert table.energy_scope == "a fake board, faint"
+
+
 def test_a_slow_meter_is_asked_for_some_points_and_power_is_interpolated_between(monkeypatch):
     assert rows_to_measure(31, 6.0) == [0, 1, 30]
     assert rows_to_measure(31, 1.2) == [0, *np.linspace(1, 30, 15).round()]
@@ -176,7 +189,7 @@ def test_work_that_adds_little_to_the_idle_power_is_measured_and_said_to_be_nois
 
     measured = measure_joules([([call], 1)] * 3, meter, None, said.append)
     assert measured is not None and measured.idle_w == 0.5
-    assert measured.notes == ["", ", faint" if is_faint else "", ""]
+    assert measured.is_faint == [False, is_faint, False]
     assert [line.startswith(f"some work adds only {added_w} W to the idle machine's 0.5 W") for line in said] == [
         True
     ] * is_faint

@@ -51,6 +51,7 @@ class Row:
     energy_source: str
     energy_scope: str
     energy_kind: str  # "measured" or "estimated", the same in all rows
+    is_faint: bool  # the work adds so little to `idle_watts` that these may be mostly noise
 
 
 def make_point(model: Iret, budget: float) -> Point:
@@ -169,9 +170,9 @@ def bench(
     samples = measure_latency(work, rounds=rounds, warm_up=warm_up, lead=LEAD, seed=seed, synchronize=wait)
     calls = [([call], batch) for (_, batch, _), call in work.items()]
     measured = None if meter is None else measure_joules(calls, meter, wait, say)
-    read = measured or NetJoules([call.estimate_j for call in work.values()], 0.0, [""] * len(work))
+    read = measured or NetJoules([call.estimate_j for call in work.values()], 0.0, [False] * len(work))
     rows = []
-    for (key, latency), energy_j, note in zip(samples.items(), read.joules, read.notes, strict=True):
+    for (key, latency), energy_j, is_faint in zip(samples.items(), read.joules, read.is_faint, strict=True):
         name, batch, budget = key
         speedup = float(samples[name, batch, 1.0].samples_s.mean() / latency.samples_s.mean())
         source = meter if meter is not None and measured else estimate_meter(models[name])
@@ -189,8 +190,9 @@ def bench(
                 joules=energy_j,
                 idle_watts=read.idle_w,
                 energy_source=source.source,
-                energy_scope=source.scope + note,
+                energy_scope=source.scope,
                 energy_kind=source.kind,
+                is_faint=is_faint,
             )
         )
     return rows, samples

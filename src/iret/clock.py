@@ -39,9 +39,7 @@ class NetJoules:
 
     joules: list[float]  # an image, net
     idle_w: float  # what was taken off
-    notes: list[
-        str
-    ]  # to append to the meter's scope: ", faint" where work adds less than `FAINT` of the idle power, or ""
+    is_faint: list[bool]  # the work adds less than `FAINT` of the idle power
 
 
 def synchronizer(device: torch.device) -> Callable[[], object] | None:
@@ -90,7 +88,7 @@ def measure_device(
             rows, measured.joules, np.array(ms), np.array([point.macs_mean for point in points.points])
         )
         scope = "" if len(rows) == len(calls) else f", at {len(rows)} points"
-        scope += max(measured.notes)
+        scope += ", faint" if any(measured.is_faint) else ""
     else:
         source, idle_w, scope = estimate_meter(model), 0.0, ""
         joules = [estimate_point(model.shape, model.precision, point) for point in points.points]
@@ -164,13 +162,13 @@ def measure_joules(
     except EnergyError as error:
         say(f"energy is estimated: {error}")
         return None
-    notes = [", faint" if power_w < FAINT * idle_w else "" for power_w in powers_w]
-    if any(notes):
+    is_faint = [power_w < FAINT * idle_w for power_w in powers_w]
+    if any(is_faint):
         say(
             f"some work adds only {min(powers_w):.2g} W to the idle machine's {idle_w:.3g} W; if these wander by as much, its "
             "joules are mostly noise"
         )
-    return NetJoules(joules, idle_w, notes)
+    return NetJoules(joules, idle_w, is_faint)
 
 
 def estimate_meter(model: Iret) -> EstimateMeter:

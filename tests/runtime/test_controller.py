@@ -361,6 +361,7 @@ def every_second(num: int) -> list[float]:
 @example(884061836, 1.4090265560016721, "fine", True)  # a little more than four times, just believable at times
 @example(227255815, 1.6127898322155323, "fine", False)  # five times, seen as three at first
 @example(4117414063, 1.551049307327722, "fine", True)  # idle power hides the images
+@example(471, 3.866419751350707, "fine", True)  # what was learned is 3 % too little at the last image
 def test_with_a_truthful_gauge_the_battery_lasts_however_far_off_the_table_is(seed, log_factor, kind, is_idle):
     random = np.random.default_rng(seed)
     menu = any_menu(random, idle_watts=float(random.uniform(0, 0.1)) if is_idle else 0.0)
@@ -581,28 +582,46 @@ def test_a_deadline_binds_the_95th_percentile_and_is_careful_until_images_were_t
         found = controller.decide(Reading(time_s=float(second), ms=at(LADDER, found.budget, "ms_p95")))
     assert at(LADDER, found.budget, "ms_p95") == pytest.approx(9.5, rel=0.03)
     assert Controller(LADDER, Goal(deadline_ms=13.0)).decide(Reading(time_s=0.0)).budget == 1.0
+    found = Controller(LADDER, Goal(deadline_ms=3.5)).decide(Reading(time_s=0.0))
+    assert (found.budget, found.broken, found.doubts) == (0.2, (), ())  # care is no proof that 3 ms take longer
     found = Controller(LADDER, Goal(deadline_ms=1.0)).decide(Reading(time_s=0.0))
     assert (found.budget, found.broken) == (0.2, ("deadline",))
-    assert found.doubts == ("95 of 100 images take up to 3.75 ms at the fastest",)
+    assert found.doubts == ("95 of 100 images take up to 3 ms at the fastest that is left",)
 
 
 @days
-@given(seeds, st.sampled_from([0.5, 1.0, 2.0, 3.0]))
+@given(seeds, st.sampled_from([0.5, 1.0, 2.0, 6.0]))
 def test_on_a_device_faster_or_slower_than_its_table_a_deadline_holds_for_95_of_100_images(seed, slower):
     """Images spread as they like: some pass all stages and take three times what the others do."""
     random = np.random.default_rng(seed)
-    deadline_ms = float(random.uniform(3.0, 8.0)) * slower  # the cheapest takes 1.3 times 2.0 here
+    deadline_ms = float(random.uniform(3.0, 8.0)) * slower  # the cheapest takes 2.9 at most here
     hard, noise = random.uniform(0.0, 0.6), random.uniform(0.0, 0.2)
     controller = Controller(LADDER, Goal(deadline_ms=deadline_ms))
-    found, late = controller.decide(Reading(time_s=0.0)), []
+    found, late, num_broken = controller.decide(Reading(time_s=0.0)), [], 0
     for second in range(1, 1500):
         kind = 1.2 if random.random() < hard else 0.4
         ms = slower * kind * at(LADDER, found.budget, "ms") * (1 + noise * random.uniform(-1, 1))
         late.append(ms > deadline_ms)
         found = controller.decide(Reading(time_s=float(second), ms=ms))
+        num_broken += bool(found.broken)
     assert np.mean(late) <= 0.06
-    assert found.broken == ()
+    assert (
+        num_broken < 50 and found.broken == ()
+    )  # what was slow at a dear rung may seem to be too slow at the cheapest
     assert found.budget > 0.2 or deadline_ms < 4.0 * slower  # nor is it met by going slow
+
+
+def test_a_deadline_out_of_reach_is_said_to_be_and_not_for_one_late_image():
+    controller = Controller(LADDER, Goal(deadline_ms=14.0))
+    found = controller.decide(Reading(time_s=0.0))
+    for second in range(1, 50):  # six times as slow as the table
+        found = controller.decide(Reading(time_s=float(second), ms=6 * at(LADDER, found.budget, "ms_p95")))
+    assert (found.budget, found.broken) == (0.2, ("deadline",))
+    assert "95 of 100 images take up to 18 ms at the fastest that is left" in found.doubts
+    controller, broken = Controller(LADDER, Goal(deadline_ms=3.1)), []
+    for second in range(3000):  # what just fits at the cheapest, but now and then
+        broken += controller.decide(Reading(time_s=float(second), ms=3.15 if second % 300 == 50 else 3.0)).broken
+    assert broken == []
 
 
 def test_heat_takes_the_cost_back_in_proportion_and_recovers_with_hysteresis():

@@ -43,20 +43,33 @@ def test_costs_are_at_first_a_mean_in_which_the_table_counts_as_ten_images():
 
 
 def test_to_be_careful_is_to_believe_the_measurements_alone_where_they_are_dearer():
-    factor = Factor()
-    assert factor.careful == 1.0
-    factor.take(3.0, 2.0, 1, [])
-    factor.take(2.4, 2.0, 4, [])
-    assert factor.careful == pytest.approx((1.5 + 4 * 1.2) / 5)
-    assert 1.0 < factor.value < 1.2
+    factor, spread = Factor(), 0.25
+    assert factor.careful(spread) == 1.0
+    factor.take(2.4, 2.0, 1, [])
+    factor.take(2.1, 2.0, 4, [])
+    assert factor.careful(spread) == pytest.approx((1.2 + 4 * 1.05) / 5)  # so few may well be by chance
+    assert 1.0 < factor.value < 1.05
     factor.rescale(5.0)
-    assert factor.careful == factor.value
-    believed = factor.value
-    factor.take(8.0, 1.0, 1, [])
-    assert factor.careful == pytest.approx(8.0)
+    assert factor.careful(spread) == factor.value
+
+
+def test_a_standard_error_is_added_where_the_table_is_off():
+    factor, spread = Factor(), 0.25
+    for _ in range(16):
+        factor.take(3.0, 2.0, 1, [])
+    assert factor.careful(spread) == pytest.approx(1.5 * (1 + spread / 4))
+    assert factor.careful(0.0) == pytest.approx(1.5)
+    together = Factor()
+    together.take(16 * 3.0, 16 * 2.0, 16, [])
+    assert together.careful(spread) == pytest.approx(1.5 * (1 + spread / 4))
+    for _ in range(2000):
+        factor.take(3.0, 2.0, 1, [])
+    assert factor.careful(spread) == pytest.approx(
+        1.5 * (1 + spread * math.sqrt(SMOOTHING / (2 - SMOOTHING))), rel=1e-4
+    )
     factor.rescale(1.0)
-    factor.take(0.8 * believed, 1.0, 1, [])
-    assert factor.careful == factor.value > 0.8 * believed
+    factor.take(0.5 * factor.value, 1.0, 1, [])
+    assert factor.careful(spread) == factor.value  # what was believed counts where it is dearer
 
 
 def test_costs_are_learned_and_one_odd_measurement_weighs_little():
@@ -97,36 +110,55 @@ def test_a_deadline_goes_by_what_one_image_in_twenty_exceeds():
     assert doubts == []
 
 
-def test_one_late_image_counts_at_first_and_one_in_a_hundred_does_not():
+def test_a_late_image_counts_at_first_and_one_in_a_hundred_does_not():
     deadline = Deadline(10.0)
     for _ in range(9):
         deadline.take(4.0, 5.0, 1, [])
-    assert deadline.value == HASTE  # so few images tell nothing of one in twenty
+    assert (deadline.value, deadline.heard) == (HASTE, 1.0)  # so few images tell nothing of one in twenty
+    for _ in range(3):
+        deadline.take(4.0, 5.0, 1, [])
+    assert deadline.value == deadline.heard == 0.8
     early = Deadline(10.0)
     early.take(10.0, 5.0, 1, [])
-    assert early.value == 2.0
+    assert early.value == early.heard == 2.0
     for _ in range(100):
         deadline.take(4.0, 5.0, 1, [])
-    assert deadline.value == 0.8
     deadline.take(10.0, 5.0, 1, [])
     assert deadline.value == 0.8
     deadline.take(10.0, 5.0, 10, [])  # the mean of ten stands for each
     assert deadline.value == 2.0
 
 
+def test_a_fall_of_a_few_percent_does_not_move_a_deadline():
+    deadline = Deadline(10.0)
+    for ratio in (1.0, 0.96, 0.94):
+        for _ in range(700):
+            deadline.take(5.0 * ratio, 5.0, 1, [])
+        assert deadline.heard == pytest.approx(ratio)
+        assert deadline.value == pytest.approx(0.94 if ratio < 0.95 else 1.0)
+
+
+def test_a_deadline_forgets_what_no_longer_weighs():
+    deadline = Deadline(10.0)
+    for _ in range(2000):
+        deadline.take(4.0, 5.0, 1, [])
+    assert len(deadline._ratios) < 500
+
+
 @pytest.mark.parametrize(
-    ("measured", "value", "said"),
+    ("measured", "heard", "said"),
     [
-        (None, HASTE, []),
-        (0.0, HASTE, ["ms measured as 0.0"]),
-        (math.nan, HASTE, ["ms measured as nan"]),
-        (100.0, 4.0, ["ms measured at 20 times the table's 95th percentile"]),
+        (None, 1.0, []),
+        (0.0, 1.0, ["ms measured as 0.0"]),
+        (math.nan, 1.0, ["ms measured as nan"]),
+        (100.0, 20.0, ["ms measured at 20 times the table's 95th percentile"]),
+        (0.5, 1.0, []),  # an easy image that left at once
     ],
 )
-def test_a_clock_that_says_nothing_believable_is_named(measured, value, said):
+def test_a_clock_that_says_nothing_believable_is_named(measured, heard, said):
     deadline, doubts = Deadline(10.0), []
     deadline.take(measured, 5.0, 1, doubts)
-    assert (deadline.value, doubts) == (value, said)
+    assert (deadline.heard, doubts) == (heard, said)
 
 
 def test_a_table_found_to_be_off_moves_what_is_believable():

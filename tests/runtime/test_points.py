@@ -206,7 +206,7 @@ def test_the_share_that_a_refusal_names_can_be_asked_for():
         (
             {"ms": 1.9},
             r"ms=1.9 is below the cheapest operating point on this device, 2 ms at 0\.250 of the MACs; ask for that or more, "
-            r"or for that budget in its place\. .* measure again with `iret calibrate MODEL --device-only`",
+            r"or for a budget of 0\.250\. .* measure again with `iret calibrate MODEL --device-only`",
         ),
         ({"joules": 0.01}, "joules=0.01 is below the cheapest operating point on this device, 0.02 joules at 0.250"),
         ({"ms": 0.0}, "must be above 0"),

@@ -90,7 +90,7 @@ class Goal:
     burst: float = 10.0  # images, 1 or more
     profile: tuple[float, ...] = ()  # relative demand in equal slices of the hours; empty: even
     battery_joules: float | None = None  # a full battery; for gauges that read a share, or if there is no gauge
-    deadline_ms: float | None = None  # for the 95th percentile
+    deadline_ms: float | None = None  # for the 95th percentile of images; one of a batch counts as their mean
     max_celsius: float | None = None
     min_accuracy: float | None = None  # in (0, 1]; yields to all others, see Controller
 
@@ -138,54 +138,52 @@ class Decision:
 class Controller:
     """Picks the most accurate position of the dial that fits the goal.
 
-    Positions are *rungs*: the operating points, and between them so many that each costs at most 0.5 % more than the
-    next. The most accurate that fits is taken, of equals the cheapest, so never one that another rung matches in accuracy
-    at no more of any cost that governs: joules for a battery, p95 for a deadline, joules, else ms, else the budget for
-    heat or a floor alone. It does not alternate between two far rungs to reach the concave hull: an image's answer
-    would depend on its turn, most dents of a measured table are noise, and what a dent leaves over is spent later anyway.
+    Positions are *rungs*: the operating points, and between them so many that each costs at most 0.5 % more than the next. The
+    most accurate that fits is taken, of equals the cheapest, so never one that another rung matches in accuracy at no more of any
+    cost that governs: joules for a battery, p95 for a deadline, joules, else ms, else the budget for heat or a floor alone. It
+    does not alternate between two far rungs to reach the concave hull: an image's answer would depend on its turn, most dents of
+    a measured table are noise, and what a dent leaves over is spent later anyway.
 
-    *Promise 1, the battery lasts.* Let at most `A = hours * 3600 * images_per_second + burst` images come, under the
-    token bucket of `Goal`; let an image at a rung of c joules take c (1 + x), |x| <= spread, x of mean 0 whatever came
-    before; let gauge and clock be truthful and each decision serve as many images as it was asked for; and let the
-    cheapest rung be affordable: at first at least `idle_watts * 3600 * hours + reserve(A)` joules are left, where
-    `reserve(m) = c_min (m + min(spread m, s spread sqrt(m)))`, s = sqrt(2 ln(A / 1e-6)). Then the battery lasts, except
-    with probability 1e-6. Proof: k images are served above the cheapest rung only if, all k at their dearest, the reserve
-    for all that can still come is left. So after the last such decision the rest, all at the cheapest rung, dies only if
-    its noise exceeds s spread sqrt(m): by Azuma and Doob of probability exp(-s^2 / 2), once for each of A decisions
-    that may be the last. Measured costs above the table's raise all these at once, and none below lower them.
+    *Promise 1, the battery lasts.* Let at most `A = hours * 3600 * images_per_second + burst` images come, under the token bucket
+    of `Goal`; let an image at a rung of c joules take c (1 + x), |x| <= spread, x of mean 0 whatever came before; let gauge and
+    clock be truthful and each decision serve as many images as it was asked for; and let the cheapest rung be affordable: at
+    first at least `idle_watts * 3600 * hours + reserve(A)` joules are left, where `reserve(m) = c_min (m + min(spread m, s spread
+    sqrt(m)))`, s = sqrt(2 ln(A / 1e-6)). Then the battery lasts, except with probability 1e-6. Proof: k images are served above
+    the cheapest rung only if, all k at their dearest, the reserve for all that can still come is left. So after the last such
+    decision the rest, all at the cheapest rung, dies only if its noise exceeds s spread sqrt(m): by Azuma and Doob of probability
+    exp(-s^2 / 2), once for each of A decisions that may be the last. Dearer than the table, all these rise; cheaper, none falls.
 
     *Promise 2, little is lost.* If besides at least 1,000 images come, thinned evenly from the stated demand to a constant,
-    unknown share of at least a tenth (of n images one in each n-th part of the demand), with 1.1 times the energy of
-    promise 1, if only the battery binds, and the best accuracy for a cost rises at most in proportion to the cost (no
-    cliffs; dominated points are allowed), then the mean accuracy is at least 98 % of that of every fixed budget, so of every
-    table point, that survives the day on 97 % of the energy without the slack of the reserve,
-    `reserve(A) - c_min A + burst c_min` (less than 1 % of a day of 86,400 images, some 7 % of one of 1,000). Reason:
-    `left / expected images` is spent on each, which is what the best fixed budget spends; what is saved or overspent comes
-    back into the quotient; the share is learned within a few images. Seen: of 2,500 random days of 900 to 1,500 images, half
-    of them with just the energy for some table point, four in five lost nothing against the best one and the worst 0.9 %.
-    Not promised: to match a point that takes the battery to its last joule, which nobody can know in advance (worst of 644
-    such days: 97.6 %); arrivals at random, of which n tell the share to 1 / sqrt(n) only (worst of 3,500 days: 98.8 %; of
-    3,900 with just the energy for a point three fell below 98 %, one to 95.8 %); arrivals that stop or surge against the
-    stated profile. The battery lasts all the same.
+    unknown share of at least a tenth (of n images one in each n-th part of the demand), with 1.1 times the energy of promise 1,
+    if only the battery binds, and the best accuracy for a cost rises at most in proportion to the cost (no cliffs; dominated
+    points are allowed), then the mean accuracy is at least 98 % of that of every fixed budget, so of every table point, that
+    survives the day on 97 % of the energy without the slack of the reserve, `reserve(A) - c_min A + burst c_min` (less than 1 %
+    of a day of 86,400 images, some 7 % of one of 1,000). Reason: `left / expected images` is spent on each, which is what the
+    best fixed budget spends; what is saved or overspent comes back into the quotient; the share is learned within a few images.
+    Seen: of 2,500 random days of 900 to 1,500 images, half of them with just the energy for some table point, four in five lost
+    nothing against the best one and the worst 0.9 %. Not promised: to match a point that takes the battery to its last joule,
+    which nobody can know in advance (worst of 644 such days: 97.6 %); arrivals at random, of which n tell the share to 1 /
+    sqrt(n) only (worst of 3,500 days: 98.8 %; of 3,900 with just the energy for a point three fell below 98 %, one to 95.8 %);
+    arrivals that stop or surge against the stated profile. The battery lasts all the same.
 
-    *What yields.* Heat first (the device is at stake), then the deadline, the battery, the accuracy. What cannot be met
-    is approached as closely as possible and named in `broken`. A floor under the accuracy never lets the battery
-    run ahead of its pace: it would only be missed by more later. Alone, it asks for the cheapest rung above it.
+    *What yields.* Heat first (the device is at stake), then the deadline, the battery, the accuracy. What cannot be met is
+    approached as closely as possible and named in `broken`. A floor under the accuracy never lets the battery run ahead of its
+    pace: it would only be missed by more later. Alone, it asks for the cheapest rung above it.
 
-    *Sensors.* Missing or impossible values are skipped and named in `doubts`. Between readings of the gauge, energy is
-    reckoned from measured or, without a meter, corrected predicted costs. A gauge below the reckoning is believed at once;
-    one above it only after it fell plausibly for 16 images, so neither if it is stuck nor if it jumps up, and a charger only
-    once it is unplugged. Measured / predicted joules are held within 1/4 to 4, a single measurement to a factor of two, and
-    one below 1 never loosens promise 1: with a truthful gauge the battery lasts whatever the meter says. A gauge that goes on
-    falling faster than that, over 16 images and in more than two falls, so not by a jump, overrules table and meter and is
-    the only meter from then on: estimates are of the arithmetic alone, often a thousandth of what a device takes. Until this
-    is known, some 20 images by a fine gauge, or 4 % of the battery by one in whole percent, go at the wrong cost; with 40 of
-    the dearest images and a fifth of the energy to spare the battery lasts all the same (seen: on each of 32,000 days with
-    costs 2 to 2,000 times the table's, three quarters of them up to 6.5, where it is longest in doubt). A deadline goes by
-    the 95th percentile of measured over the table's in some hundred images, at first a quarter above it. Without a gauge a
-    full battery of `Goal.battery_joules` is assumed; without that too, nothing is known, and the cheapest rung (above the
-    floor) is taken. The thermometer is a median of three; without one for a minute the cap is assumed to be reached. Not to
-    be seen: a thermometer that is stuck, a clock that leaps ahead, a gauge and a meter that lie alike.
+    *Sensors.* Missing or impossible values are skipped and named in `doubts`. Between readings of the gauge, energy is reckoned
+    from measured or, without a meter, corrected predicted costs. A gauge below the reckoning is believed at once; one above it
+    only after it fell plausibly for 16 images, so neither if it is stuck nor if it jumps up, and a charger only once it is
+    unplugged. Measured / predicted joules are held within 1/4 to 4, a single measurement to a factor of two, and one below 1
+    never loosens promise 1: with a truthful gauge the battery lasts whatever the meter says. A gauge that goes on falling faster
+    than that, over 16 images and in more than two falls, so not by a jump, overrules table and meter and is the only meter from
+    then on: estimates are of the arithmetic alone, often a thousandth of what a device takes. Until this is known, some 20 images
+    by a fine gauge, or 4 % of the battery by one in whole percent, go at the wrong cost; with 40 of the dearest images and a
+    fifth of the energy to spare the battery lasts all the same (seen: on each of 10,000 days with costs 2 to 2,000 times the
+    table's, three quarters of them up to 6.5, where it is longest in doubt). A deadline goes by the 95th percentile of measured
+    over the table's milliseconds in some hundred images, at first a quarter above it. Without a gauge a full battery of
+    `Goal.battery_joules` is assumed; without that too, nothing is known, and the cheapest rung (above the floor) is taken. The
+    thermometer is a median of three; without one for a minute the cap is assumed to be reached. Not to be seen: a thermometer
+    that is stuck, a clock that leaps ahead, a gauge and a meter that lie alike.
 
     Raises:
         ValueError: the goal needs a column that the menu does not have.
@@ -229,12 +227,12 @@ class Controller:
             if first != best:
                 best, reason = first, heat.reason
         if deadline is not None:
-            fits, first, is_met = _within(fits, rungs.ms_p95, deadline.limit)
+            fits, first, _ = _within(fits, rungs.ms_p95, deadline.limit)
             if first != best:
                 best, reason = first, f"deadline: {deadline.ms:g} ms, for 95 of 100 images"
-            if not is_met:
+            if trouble := deadline.explain(rungs.ms_p95[first]):
                 broken.append("deadline")
-                doubts.append(deadline.explain(rungs.ms_p95[first]))
+                doubts.append(trouble)
         if battery is not None and battery.left is not None:
             cheapest = rungs.cheapest if fits is rungs.all else float(rungs.joules[fits].min())
             limit, pace, is_met = self._afford(cheapest, images)
@@ -292,7 +290,10 @@ class Controller:
         assert self._battery is not None and self._battery.left is not None and self._demand is not None
         demand, factor = self._demand, self._joule_factor
         usable = self._battery.left - self._idle_watts * (demand.end_s - demand.time_s)
-        likely, careful = max(1.0, factor.value), max(1.0, factor.careful)  # costs below the table's loosen no promise
+        likely, careful = (
+            max(1.0, factor.value),
+            max(1.0, factor.careful(self._spread)),
+        )  # costs below the table's loosen no promise
         later = max(demand.most - images, 0.0)
         noise = self._spread * min(later, self._sigmas * math.sqrt(later))
         limit = (usable / careful - cheapest * (later + noise)) / (images * (1 + self._spread))
@@ -302,8 +303,7 @@ class Controller:
     def _take(self, reading: Reading, doubts: list[str]) -> None:
         """Account for what was answered since the last reading, and hear the sensors."""
         now, held = read_number(reading.time_s), self._held
-        if self._start is None:
-            self._start = now
+        self._start = now if self._start is None else self._start
         time_s = self._time_s if now is None or self._start is None else now - self._start
         if now is None or time_s < self._time_s:
             doubts.append("the clock gives no time or went back")

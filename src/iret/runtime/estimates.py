@@ -6,7 +6,6 @@ What is believed when, and why, stands at `iret.runtime.controller.Controller`.
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
 
@@ -14,7 +13,7 @@ import numpy as np
 DEMAND_IMAGES, COST_IMAGES = 3, 10
 SMOOTHING = 0.01  # weight of one image in measured / predicted
 LATE = 0.05  # share of images that may miss a deadline
-# Tables time calls in a row, with warm caches: until images tell, one in ten takes so many times the 95th percentile.
+# Tables time calls in a row, with warm caches: until images tell, a deadline reckons with so many times the 95th percentile.
 HASTE = 1.25
 EASE = 0.05  # share by which a 95th percentile must have fallen to be believed; a rise is believed at once
 FACTORS = 0.25, 4.0  # believable measured / predicted
@@ -42,6 +41,7 @@ class Factor:
     def __init__(self) -> None:
         self.value, self._base, self._count = 1.0, 1.0, COST_IMAGES
         self._belief = 1.0  # how much of `value` is still what was believed at first
+        self._squares = 0.0  # of the weights of all images in it
 
     def take(self, measured: float | None, table: float, images: int, doubts: list[str]) -> float:
         """Learn from one measurement of what the table puts at `table`; returns what to believe it was."""
@@ -59,14 +59,21 @@ class Factor:
         weight = max(images / self._count, 1 - (1 - SMOOTHING) ** images)
         self.value += weight * (bounded - self.value)
         self._belief *= 1 - weight
+        self._squares = (1 - weight) ** 2 * self._squares + weight**2 / images
         return table * ratio
 
-    @property
-    def careful(self) -> float:
-        """`value`, or the mean of the measurements alone where that is higher: at first `value` is mostly belief."""
-        if self._belief == 1:
+    def careful(self, spread: float) -> float:
+        """`value`, or the mean of the measurements alone where that is more: at first `value` is mostly belief.
+
+        Where that mean lies two standard errors above the table, so that the table is off, one is added. `spread` is how far an
+        image's cost lies from the mean, as a share of it.
+        """
+        known = 1 - self._belief
+        if not known:
             return self.value
-        return max(self.value, (self.value - self._belief * self._base) / (1 - self._belief))
+        mean = (self.value - self._belief * self._base) / known
+        error = mean * spread * math.sqrt(self._squares) / known
+        return max(self.value, mean + error if mean - 2 * error > 1 else mean)
 
     @property
     def room(self) -> float:
@@ -76,20 +83,23 @@ class Factor:
     def rescale(self, ratio: float) -> None:
         """The table is off: things cost `ratio` times what was believed, and what is believable lies around that."""
         self.value = self._base = max(1.0, ratio * self.value)
-        self._count, self._belief = COST_IMAGES, 1.0
+        self._count, self._belief, self._squares = COST_IMAGES, 1.0, 0.0
 
 
 class Deadline:
-    """How many times the table's 95th percentile of the milliseconds 95 of 100 images take here: exponentially weighted.
+    """How the milliseconds here compare with the table: their 95th percentile over the table's, exponentially weighted.
 
-    A quantile and not a mean, for the images that come may spread otherwise than those of the table. At first the table counts
-    as ten images, one of which takes `HASTE`.
+    A quantile and not a mean, for the images that come may spread otherwise than those of the table. The table counts as ten
+    images, one of which takes its 95th percentile. Some 460 images are remembered, and sorted at each measurement.
     """
 
     def __init__(self, ms: float) -> None:
-        self.ms, self.value = ms, HASTE
-        self._heard = [(HASTE, 1.0)]  # ratios and their weights
+        self.ms = ms
+        self.heard = 1.0  # of what was measured, and of the table as it fades
+        self.value = HASTE  # to go by: more than was heard until ten images were timed, and then up to `EASE` more
+        self._ratios, self._weights = np.ones(1), np.ones(1)
         self._rest = COST_IMAGES - 1.0  # weight of what the table puts below
+        self._count = 0
 
     def take(self, measured: float | None, table: float, images: int, doubts: list[str]) -> None:
         """Learn from the mean milliseconds of some images, which stands for each; `table` is the table's 95th percentile."""
@@ -98,31 +108,34 @@ class Deadline:
             if measured is not None:
                 doubts.append(f"ms measured as {measured}")
             return
-        ratio = min(max(number / table, FACTORS[0]), FACTORS[1])
-        if ratio != number / table:
-            doubts.append(f"ms measured at {number / table:.3g} times the table's 95th percentile")
-        fading = (1 - SMOOTHING) ** images
-        kept = [(other, weight * fading) for other, weight in self._heard if weight > SMOOTHING]
-        self._heard, self._rest = [*kept, (ratio, (1 - fading) / SMOOTHING)], self._rest * fading
-        heard = self._quantile()
-        if not self.value * (1 - EASE) <= heard <= self.value:
-            self.value = heard
+        ratio = number / table
+        if ratio > FACTORS[1]:
+            doubts.append(f"ms measured at {ratio:.3g} times the table's 95th percentile")
+        fading, recent = (1 - SMOOTHING) ** images, self._weights > SMOOTHING
+        self._ratios = np.append(self._ratios[recent], ratio)
+        self._weights = np.append(self._weights[recent] * fading, (1 - fading) / SMOOTHING)
+        self._rest *= fading
+        self._count += images
+        self.heard = self._quantile()
+        wanted = max(self.heard, HASTE) if self._count < COST_IMAGES else self.heard
+        if not self.value * (1 - EASE) <= wanted <= self.value:
+            self.value = wanted
 
     def _quantile(self) -> float:
         """The least of what was heard that is exceeded by `LATE` of all or less."""
-        slowest = sorted(self._heard, reverse=True)
-        allowed = LATE * (self._rest + sum(weight for _, weight in slowest))
-        late = accumulate(weight for _, weight in slowest)
-        return next(ratio for (ratio, _), weight in zip(slowest, late, strict=True) if weight > allowed)
+        slowest = np.argsort(-self._ratios)
+        late = self._weights[slowest].cumsum()
+        return float(self._ratios[slowest[np.searchsorted(late, LATE * (self._rest + late[-1]), side="right")]])
 
     @property
     def limit(self) -> float:
         """The table's 95th percentile to stay under."""
         return self.ms / self.value
 
-    def explain(self, fastest: float) -> str:
-        """Why it cannot be held, where the least of the table's 95th percentiles is `fastest`."""
-        return f"95 of 100 images take up to {fastest * self.value:.3g} ms at the fastest"
+    def explain(self, fastest: float) -> str | None:
+        """Why it cannot be held, where the least of the table's 95th percentiles is `fastest`; None where it can."""
+        ms = fastest * self.heard
+        return f"95 of 100 images take up to {ms:.3g} ms at the fastest that is left" if ms > self.ms else None
 
 
 class Thermometer:

@@ -241,8 +241,8 @@ class OperatingPoints:
             least = Context(prec=4, rounding=ROUND_CEILING).create_decimal(repr(float(cost)))
             raise ValueError(
                 f"{unit}={asked:g} is below the cheapest operating point on this device, {float(least):g} {unit} at "
-                f"{round_up(share)} of the MACs; ask for that or more, or for that budget in its place. If this machine was busy "
-                f"when it was measured, measure again with {remedy}."
+                f"{round_up(share)} of the MACs; ask for that or more, or for a budget of {round_up(share)}. If this machine "
+                f"was busy when it was measured, measure again with {remedy}."
             )
         return budget
 

@@ -247,7 +247,7 @@ def do_bench(args: argparse.Namespace) -> int:
                 f"{row.images_per_s:.1f}",
                 f"{row.speedup:.2f}",
                 f"{row.share:.2f}",
-                f"{1e3 * row.joules:.3g}",
+                f"{1e3 * row.joules:.3g}{' (faint)' if row.is_faint else ''}",
             )
             for row in rows
         ],
