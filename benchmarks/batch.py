@@ -313,11 +313,11 @@ with torch.inference_mode():
     return int(done.stdout) / 1024
 
 
-def command_of(args: argparse.Namespace) -> str:
-    """What was typed, without the paths of this machine."""
-    words = {"counts": Path(args.counts).name, "data": name_of(args.data), "precision": args.precision}
-    words |= {"batch": args.batch, "rounds": args.rounds, "others": args.others, "out": f"results/{args.out.name}"}
-    return " ".join(["python benchmarks/batch.py", *(f"--{name} {value}" for name, value in words.items())])
+def command_of(args: argparse.Namespace, script: str = "batch") -> str:
+    """What was typed, defaults included, without the paths of this machine."""
+    words = vars(args) | {"counts": Path(args.counts).name, "data": name_of(args.data)}
+    words["out"] = f"results/{args.out.name}"
+    return " ".join([f"python benchmarks/{script}.py", *(f"--{name} {value}" for name, value in words.items())])
 
 
 def say_others(others: list[tuple[float, float, float]]) -> str:
