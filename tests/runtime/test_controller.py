@@ -282,6 +282,22 @@ def test_on_a_table_like_the_shipped_ones_it_is_within_one_percent_of_hindsight_
     assert life.accuracy > max(a for a, j in zip(LADDER.accuracy, LADDER.joules, strict=True) if j < mean_joules)
 
 
+def test_hindsight_of_a_day_that_stops_early_is_out_of_reach_for_whoever_lets_the_battery_last():
+    num, came, rate = 5000, 1000, 1.0
+    joules = LADDER.joules[0] * (num + 1)  # the cheapest point is affordable, and nothing else
+    goal = Goal(hours=num / rate / 3600, images_per_second=rate, burst=1.0)
+    whole, early = (
+        World(LADDER, goal, (np.arange(n) / rate).tolist(), joules, np.random.default_rng(0), spread=0.0).live()
+        for n in (num, came)
+    )
+    assert whole.lasts
+    assert early.decisions == whole.decisions[:came]  # the two days begin alike
+    full = LADDER.joules[-1] * came
+    assert full <= joules  # of those that came all could have been at the full budget ...
+    assert joules - full < LADDER.joules[0] * (num - came)  # ... had it been known that no more do
+    assert early.accuracy < 0.98 * LADDER.accuracy[-1]
+
+
 def test_a_day_profile_tells_it_that_the_rush_is_still_to_come():
     random, end_s = np.random.default_rng(0), 3000.0
     quiet, rush = np.linspace(0, end_s / 2, 150, endpoint=False), np.linspace(end_s / 2, end_s, 1350, endpoint=False)
