@@ -260,6 +260,9 @@ def test_calibrate_writes_the_points_that_it_says(tmp_path, capsys, quick):
     ]
     assert len(rows) == len(points.points)
     assert "joules estimated" in said.err
+    assert "less sure" not in said.err
+    assert cli.main([*line[:-3], "4", "--trials", "1", "--out", str(tmp_path / "fewer")]) == 0
+    assert "are of 5 images; this search looks at 4, so its accuracies are less sure" in capsys.readouterr().err
     copy = Iret.from_folder(tmp_path / "elsewhere")  # a whole model: the first was not touched
     assert copy.points.points == points.points
     assert (tmp_path / "search.png").stat().st_size > 1000

@@ -750,6 +750,14 @@ def test_the_exit_confidence_of_a_point_is_served_too():
     torch.testing.assert_close(model(images, budget=torch.full((4,), 0.5)), expected, rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("one", [torch.tensor(0.5), np.array(0.5)], ids=["tensor", "array"])
+def test_a_budget_without_dimensions_is_a_number(one):
+    model, images = make_model(), make_images()
+    model.points = made_up_points(model)
+    assert torch.equal(model(images, budget=one), model(images, budget=0.5))
+    assert torch.equal(model.run(images, budget=one).macs, model.run(images, budget=0.5).macs)
+
+
 @pytest.mark.parametrize(
     ("budget", "sentence"),
     [

@@ -188,6 +188,7 @@ class Iret(Classifier):
                 budget = torch.from_numpy(np.array(budget, dtype=np.float64, order="C"))
         except (TypeError, ValueError) as error:
             raise ValueError(f"budget={budget!r} must be one number, or one an image.") from error
+        budget = budget if budget.ndim else budget.expand(batch)
         if budget.shape != (batch,):
             raise ValueError(f"budget of shape {tuple(budget.shape)} does not fit {batch} images; give one each.")
         settings = [self.setting(each) for each in budget.tolist()]

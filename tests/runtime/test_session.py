@@ -773,6 +773,7 @@ def test_a_bundle_is_read_as_it_was_written(tmp_path):
     [
         (b"{", "not valid JSON"),
         (b"[]", "has format None"),
+        (b'{"format": 99}', "was written by a newer iret, in format 99; update iret to read it"),
         (b'{"format": 3}', "has format 3; this version of iret reads bundles of format 4"),
         (b'{"format": 4}', "does not describe a bundle"),
         (b"[" * 100_000, "not valid JSON"),

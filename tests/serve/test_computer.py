@@ -130,7 +130,11 @@ def test_without_a_clock_joules_are_those_of_what_images_did_as_a_clock_would_es
     [
         (PretendSession(), {"budget": 0.1}, "below what this model can do, 0.250; ask for more"),
         (PretendSession(), {"ms": 3.0}, "start `iret serve` with --measure"),
-        (PretendSession(None), {"budget": 0.5}, "this model has no operating points; give 1, or none"),
+        (
+            PretendSession(None),
+            {"budget": 0.5},
+            "this model has no operating points, which `iret calibrate` finds; give 1, or none",
+        ),
         (PretendSession(None), {"joules": 3.0}, "the clock of this machine was not measured"),
         (PretendSession(None), {"battery_percent": 3.0}, "needs operating points"),
         (PretendSession(is_single=True), {"exit_confidence": 0.5}, "a single graph"),

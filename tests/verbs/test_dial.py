@@ -120,8 +120,8 @@ def test_a_bundle_is_timed_without_torch(bundle):
 def test_a_bundle_is_timed_as_it_is(bundle, capsys, line, message):
     before = (bundle / FILE_NAME).read_bytes()
     assert cli.main(["calibrate", str(bundle), *line.split()]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert message in said[-1] and said[-1].startswith("iret: ")
+    [said] = capsys.readouterr().err.splitlines()
+    assert message in said and said.startswith("iret: ")
     assert (bundle / FILE_NAME).read_bytes() == before
 
 

@@ -111,6 +111,8 @@ class Bundle:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON ({error}); export the model again.") from error
         version = raw.pop("format", None) if isinstance(raw, dict) else None
+        if isinstance(version, int) and version > FORMAT:
+            raise ValueError(f"{path} was written by a newer iret, in format {version}; update iret to read it.")
         if version != FORMAT:
             raise ValueError(
                 f"{path} has format {version!r}; this version of iret reads bundles of format {FORMAT}: export the model "

@@ -141,8 +141,8 @@ def measure_bundle(folder: Path, engine: str | None, threads: int | None):
     """Times the operating points of a bundle here and keeps the clock in it; the session and its table."""
     from iret.runtime.session import Session
 
-    say("measuring the clock of this machine")
     session = Session(folder, engine, threads=threads)
+    say("measuring the clock of this machine")
     table = session.measure()
     session.save()
     return session, table

@@ -155,12 +155,18 @@ def _find_points(args: argparse.Namespace, model, folder: Path):
         )
     check_counts(args, "trials", "max_images")
     data = open_data(args, "val", model)
+    most = MAX_IMAGES if args.max_images is None else args.max_images
+    if model.points is not None and min(len(data), most) < model.points.num_images:
+        say(
+            f"the operating points that {args.model} has are of {model.points.num_images} images; this search looks at "
+            f"{min(len(data), most)}, so its accuracies are less sure"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     points = calibrate(
         model,
         data,
         data_name=name_of(args.data),
-        max_images=MAX_IMAGES if args.max_images is None else args.max_images,
+        max_images=most,
         workers=args.workers,
         trials=TRIALS if args.trials is None else args.trials,
         memory_path=folder / SEARCH_NAME,
