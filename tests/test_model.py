@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -843,6 +844,24 @@ def test_the_compiled_graphs_do_not_depend_on_the_counts():
                 )
             assert counter.frame_count == seen
     assert 0 < seen <= 40
+
+
+@pytest.mark.graph
+def test_torch_compile_of_the_model_compiles_its_parts(monkeypatch):
+    model, plain = (make_model(depths=(1, 1, 1)) for _ in range(2))
+    model.points = plain.points = made_up_points(plain)
+    counter = CompileCounter()
+    monkeypatch.setattr(model, "compile", partial(model.compile, backend=counter))  # the default one takes a minute
+    whole, images = torch.compile(model, backend="eager"), make_images()
+    with pytest.warns(UserWarning, match="compiles this model in its parts"), torch.no_grad():
+        whole(images, budget=0.8)
+    assert counter.frame_count > 0
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", UserWarning)  # it is said once
+        for budget in (1.0, 0.8, 0.5, 0.3, torch.tensor([0.3, 0.8, 0.5, 1.0])):
+            torch.testing.assert_close(whole(images, budget), plain(images, budget), rtol=0, atol=ROUNDING)
+    with pytest.raises(ValueError, match=r"budget=1.5 is outside \(0, 1\]"):
+        whole(images, budget=1.5)
 
 
 # ---- refusals

@@ -25,8 +25,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from iret.compiled import make_room
 from iret.lifting import LinearLifting2d
-from iret.model import MAX_GRAPHS, Iret
+from iret.model import Iret
 from iret.runtime.cost import Shape, detail_macs, full_macs, stage_macs
 from iret.runtime.points import OperatingPoints, check_budget, check_number, round_up
 from iret.tokens import Tokens
@@ -117,8 +118,7 @@ class FixedCounts(nn.Module):
 
         One graph a batch size and choice of counts, 64 of them in a process; the next is an error.
         """
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
+        make_room()
         super().compile(*args, fullgraph=fullgraph, dynamic=dynamic, **kwargs)
 
     def embed(self, images: Float[Tensor, "B C Y X"]) -> tuple[Tokens, Float[Tensor, "cells C P P"]]:

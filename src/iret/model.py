@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from iret.attention import ATTENTIONS, head_shares, receive
 from iret.classifier import Classifier
+from iret.compiled import compile_parts, run_in_parts
 from iret.lifting import Lifting, lifting_penalty
 from iret.output import Output, Record
 from iret.runtime.choice import Layout, choose, to_importance
@@ -38,8 +39,6 @@ from iret.tokens import Tokens, pack
 from iret.vit import NORM_EPS, Block, init_linear, sincos_positions
 
 Budget = float | Sequence[float] | np.ndarray | Tensor  # one for all images, or one an image
-
-MAX_GRAPHS = 128  # of compiled models; torch would stop at 8
 
 
 class Stage(nn.Module):
@@ -155,6 +154,8 @@ class Iret(Classifier):
         Raises:
             ValueError: no operating points, a budget outside (0, 1] or below the cheapest of them, a device without a clock.
         """
+        if torch.compiler.is_dynamo_compiling():  # by torch.compile(model), which would trace the choice, too
+            return run_in_parts(self, images, budget, ms=ms, joules=joules)
         if ms is not None or joules is not None:
             if not (isinstance(budget, (int, float)) and budget == 1):
                 raise ValueError("give one of budget, ms and joules.")
@@ -370,7 +371,7 @@ class Iret(Classifier):
             x = ll
         return torch.stack(losses).mean()
 
-    def compile(self, *args, dynamic: bool | None = True, **kwargs) -> None:
+    def compile(self, *, dynamic: bool | None = True, **options) -> None:
         """Compile the blocks and transitions in place, with the options of `torch.compile`.
 
         Choosing stays eager, so no graph depends on how many tokens an image keeps. Graphs differ by stage, by whether it is
@@ -381,10 +382,7 @@ class Iret(Classifier):
         """
         if self.own_precision == "float32-onednn":
             raise ValueError("packed weights are not compiled; compile the model that it was made from, in float32.")
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
-        for part in (*self.stages, *self.transitions):
-            part.compile(*args, dynamic=dynamic, **kwargs)
+        compile_parts(*self.stages, *self.transitions, dynamic=dynamic, **options)
 
     def reset_classifier(self, num_classes: int) -> None:
         """New heads for `num_classes` classes in every stage (0: none, features only); labels and points are dropped."""
