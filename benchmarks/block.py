@@ -68,6 +68,26 @@ def macs_ratio(model: iret.Iret, counts: list[int]) -> float:
     return len(counts) * block_macs(model.shape, last, max(counts) + 1) / packed
 
 
+def table(command: str, found: list[dict]) -> list[str]:
+    """The lines of README.md: a row a kind."""
+    lines = [
+        f"`{command}`: one block, {doctor.processor_name()}, one thread; padded over packed, mean (least to most) of batches.",
+        "",
+        "| counts | patches, mean (most) | packed, ms | padded / packed | in MACs | of those that stay | in MACs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind in dict.fromkeys(row["kind"] for row in found):
+        rows = [row for row in found if row["kind"] == kind]
+        patches = [count for row in rows for count in row["counts"]]
+        cells = [kind, f"{statistics.mean(patches):.0f} ({max(patches)})"]
+        cells.append(f"{statistics.mean(row['packed_ms'] for row in rows):.1f}")
+        for name in ("padded", "macs", "padded, of those that stay", "macs_stay"):
+            values = [row[name] for row in rows]
+            cells.append(f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -108,25 +128,6 @@ def main() -> None:
     text = "\n".join(table(command, found))
     (args.out / "README.md").write_text(text + "\n")
     print(text)
-
-
-def table(command: str, found: list[dict]) -> list[str]:
-    lines = [
-        f"`{command}`: one block, {doctor.processor_name()}, one thread; padded over packed, mean (least to most) of batches.",
-        "",
-        "| counts | patches, mean (most) | packed, ms | padded / packed | in MACs | of those that stay | in MACs |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for kind in dict.fromkeys(row["kind"] for row in found):
-        rows = [row for row in found if row["kind"] == kind]
-        patches = [count for row in rows for count in row["counts"]]
-        cells = [kind, f"{statistics.mean(patches):.0f} ({max(patches)})"]
-        cells.append(f"{statistics.mean(row['packed_ms'] for row in rows):.1f}")
-        for name in ("padded", "macs", "padded, of those that stay", "macs_stay"):
-            values = [row[name] for row in rows]
-            cells.append(f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
 
 
 if __name__ == "__main__":

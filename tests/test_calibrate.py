@@ -86,9 +86,9 @@ def test_points_go_from_the_whole_model_down(table):
 
 
 def test_neighbouring_points_lie_close(table):
-    steps = -np.diff(shares(table))
+    dearer, cheaper = np.array(shares(table)[:-1]), np.array(shares(table)[1:])
     thresholds = np.diff([point.thresholds[-1][0] for point in table.points])
-    assert np.all((steps <= 0.05) | (thresholds <= 0.01))
+    assert np.all(((dearer - cheaper <= 0.05) & (dearer <= 1.12 * cheaper)) | (thresholds <= 0.01))
 
 
 def test_the_table_says_what_it_was_measured_on_and_survives_its_file():
@@ -115,7 +115,7 @@ def test_budgets_between_points_are_met_on_the_same_images(table):
     assert table.cheapest_budget < min(budgets)
     scores = evaluate(model, data, [table.setting(budget) for budget in budgets])
     served = [score.macs_mean / table.full_macs for score in scores]
-    assert served == pytest.approx(budgets, abs=0.05)  # cost is not linear in the threshold
+    assert served == pytest.approx(budgets, rel=0.03)  # cost is not linear in the threshold
 
 
 def test_a_budget_is_not_overspent_where_a_hair_of_threshold_drops_nearly_everything():

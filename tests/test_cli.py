@@ -239,6 +239,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(calibrate, "SEARCH_RUNGS", (0.0, 1.0))
     monkeypatch.setattr(calibrate, "FIRST_RUNGS", (0.0, 1.0))
     monkeypatch.setattr(calibrate, "LARGEST_GAP", 0.4)
+    monkeypatch.setattr(calibrate, "LARGEST_STEP", 100.0)
     monkeypatch.setattr(clock, "TIME_LIMIT_S", 0.0)
 
 

@@ -43,7 +43,8 @@ SEARCH_BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.3)  # where they are compared
 EXIT_SLOPES = (0.0, 0.1, 0.2, 0.4, 0.8)  # by how much the exit confidence falls per rung
 LEAST_CONFIDENCE = 0.4
 NOISE = 0.25  # standard errors of an accuracy; courses on the same images that differ by less are called equal
-LARGEST_GAP = 0.05  # of the full MACs, between neighbouring points
+LARGEST_GAP = 0.05  # of the full MACs, between neighbouring points ...
+LARGEST_STEP = 1.12  # ... and so many times the cheaper's at most: MACs sag between points, as the square of the step
 SMALLEST_STEP = 0.01  # between rungs
 MAX_IMAGES = 5000
 BATCH_SIZE = 100
@@ -130,7 +131,7 @@ def calibrate(
 ) -> OperatingPoints:
     """Find a course on `data` (held-out, never the test images) and measure points along it, the dearest of which keeps all.
 
-    Where two neighbours differ by more than `LARGEST_GAP`, one between them is measured too. Served are the points
+    Between neighbours further apart than `LARGEST_GAP` or `LARGEST_STEP` one more is measured. Served are the points
     that no cheaper one beats beyond noise, and the one that keeps everything. `memory_path`: where finished evaluations are kept.
 
     Raises:
@@ -158,10 +159,14 @@ def calibrate(
         rungs = [
             (low + high) / 2
             for low, high in pairwise(measured)
-            if high - low > SMALLEST_STEP and measured[low].macs_mean - measured[high].macs_mean > LARGEST_GAP * full
+            if high - low > SMALLEST_STEP and _is_far(measured[low].macs_mean, measured[high].macs_mean, full)
         ]
     served = frontier(list(measured.values()), meter.num_images)
     return OperatingPoints(data=data_name, num_images=meter.num_images, full_macs=full, points=served)
+
+
+def _is_far(dearer: float, cheaper: float, full: int) -> bool:
+    return dearer - cheaper > LARGEST_GAP * full or dearer > LARGEST_STEP * cheaper
 
 
 def keep_clocks(found: OperatingPoints, before: OperatingPoints | None, device: str, say: Say) -> OperatingPoints:

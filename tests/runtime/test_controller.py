@@ -283,14 +283,15 @@ def test_on_a_table_like_the_shipped_ones_it_is_within_one_percent_of_hindsight_
 
 
 def test_hindsight_of_a_day_that_stops_early_is_out_of_reach_for_whoever_lets_the_battery_last():
-    num, came, rate = 5000, 1000, 1.0
-    joules = LADDER.joules[0] * (num + 1)  # the cheapest point is affordable, and nothing else
-    goal = Goal(hours=num / rate / 3600, images_per_second=rate, burst=1.0)
+    num, came = 5000, 1000
+    joules = LADDER.joules[0] * num * (1 + 1e-9)  # the cheapest point is affordable, and nothing else
+    goal = Goal(hours=(num - 1) / 3600, images_per_second=1.0, burst=1.0)
     whole, early = (
-        World(LADDER, goal, (np.arange(n) / rate).tolist(), joules, np.random.default_rng(0), spread=0.0).live()
+        World(LADDER, goal, [float(second) for second in range(n)], joules, np.random.default_rng(0), spread=0.0).live()
         for n in (num, came)
     )
     assert whole.lasts
+    assert whole.left[-1] < 1e-6 * joules  # who spends more on any image does not last
     assert early.decisions == whole.decisions[:came]  # the two days begin alike
     full = LADDER.joules[-1] * came
     assert full <= joules  # of those that came all could have been at the full budget ...

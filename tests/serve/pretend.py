@@ -16,6 +16,7 @@ from PIL import Image
 from iret.runtime.cost import Shape, full_macs
 from iret.runtime.points import OperatingPoints, Point, Setting
 from iret.runtime.preprocess import Preprocess
+from iret.runtime.session import LACKING
 from iret.serve.computer import Computer
 from iret.serve.server import Options, run
 from iret.serve.worker import Worker
@@ -50,6 +51,7 @@ class PretendSession:
         self.bundle = SimpleNamespace(name="pretend", is_single=is_single, precision="float32", preprocess=preprocess)
         self.shape, self.labels, self.points = SHAPE, ("a", "b", "c"), points
         self.engine, self.device, self.threads = "pretended", "nowhere, pretended, 1 thread, float32", 1
+        self.lacking = LACKING
         self.calls: list[dict] = []
 
     def setting(self, budget: float) -> Setting:

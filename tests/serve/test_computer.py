@@ -133,7 +133,7 @@ def test_without_a_clock_joules_are_those_of_what_images_did_as_a_clock_would_es
         (
             PretendSession(None),
             {"budget": 0.5},
-            "this model has no operating points, which `iret calibrate` finds; give 1, or none",
+            "budget=0.5 needs operating points, and this bundle has none; run `iret calibrate MODEL` and export",
         ),
         (PretendSession(None), {"joules": 3.0}, "the clock of this machine was not measured"),
         (PretendSession(None), {"battery_percent": 3.0}, "needs operating points"),

@@ -93,6 +93,7 @@ def few_points(monkeypatch):
     monkeypatch.setattr(calibrate, "SEARCH_RUNGS", (0.0, 2.0))
     monkeypatch.setattr(calibrate, "FIRST_RUNGS", (0.0, 2.0))
     monkeypatch.setattr(calibrate, "LARGEST_GAP", 1.0)
+    monkeypatch.setattr(calibrate, "LARGEST_STEP", 100.0)
 
 
 def golden_losses(folder: Path) -> list[float]:

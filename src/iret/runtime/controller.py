@@ -165,8 +165,8 @@ class Controller:
     less than 0.01 % against the best one; the worst of 4,600 such days 0.9 %. Not promised: to match a point that takes the
     battery to its last joule, which nobody can know in advance (worst of 644 such days: 97.6 %); arrivals at random, of which n
     tell the share to 1 / sqrt(n) only (worst of 3,500 days: 98.8 %; of 3,900 with just the energy for a point three fell below 98
-    %, one to 95.8 %); arrivals that stop or surge against the stated profile, which nothing can that keeps promise 1: the day
-    that goes on as stated begins alike, and may take every joule. The battery lasts all the same.
+    %, one to 95.8 %); arrivals that stop or surge against the stated profile: a day that goes on as stated begins alike, and
+    whoever keeps promise 1 has to keep every joule for it. The battery lasts all the same.
 
     *What yields.* Heat first (the device is at stake), then the deadline, the battery, the accuracy. What cannot be met is
     approached as closely as possible and named in `broken`. A floor under the accuracy never lets the battery run ahead of its

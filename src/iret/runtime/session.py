@@ -125,8 +125,8 @@ class Session:
         return self.bundle.points
 
     @property
-    def _lacking(self) -> str:
-        """What is said where operating points are needed and there are none."""
+    def lacking(self) -> str:
+        """What to say where operating points are needed and there are none."""
         return LACKING_SINGLE if self.bundle.is_single else LACKING
 
     @cached_property
@@ -221,7 +221,7 @@ class Session:
 
     def setting(self, budget: float) -> Setting:
         """Thresholds and exit confidence for a budget, from the bundle's operating points."""
-        return setting_of(self.points, budget, len(self.shape.depths) - 1, self._lacking)
+        return setting_of(self.points, budget, len(self.shape.depths) - 1, self.lacking)
 
     def budget_for(self, *, ms: float | None = None, joules: float | None = None) -> float:
         """The budget that costs so many milliseconds or joules an image, in the mean at batch 1 on this engine here.
@@ -229,7 +229,7 @@ class Session:
         Raises:
             ValueError: as `OperatingPoints.budget_for`; a session that was not measured.
         """
-        return budget_of(self.points, self.device, ms=ms, joules=joules, lacking=self._lacking, remedy=MEASURE_SESSION)
+        return budget_of(self.points, self.device, ms=ms, joules=joules, lacking=self.lacking, remedy=MEASURE_SESSION)
 
     def measure(
         self, images: Source | Sequence[Source] | np.ndarray | None = None, *, seconds: float = 20.0
@@ -245,7 +245,7 @@ class Session:
         """
         from iret.runtime.timing import measure_session  # seldom needed, and not to slow down loading
 
-        points = require(self.points, "a clock", self._lacking)
+        points = require(self.points, "a clock", self.lacking)
         table = measure_session(self, points, None if images is None else self._read(images), seconds)
         self.bundle = replace(self.bundle, points=points.with_device(table))
         return table
@@ -257,7 +257,7 @@ class Session:
             ValueError: nothing was measured here, or the folder's bundle is not the one of this session any more.
             OSError: it cannot be written; the old one stays.
         """
-        points = require(self.points, "a clock", self._lacking)
+        points = require(self.points, "a clock", self.lacking)
         table = points.table_of(self.device, MEASURE_SESSION)
         there = Bundle.read(self._folder)
         if there.points is None or there.checksums != self.bundle.checksums or not there.points.has_those_of(points):

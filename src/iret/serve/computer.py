@@ -27,7 +27,6 @@ from iret.serve.refusal import Refusal
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # of Pillow's fifty: the fewer decoders, the less to attack
 HOURS = 24.0  # that a full battery lasts at the full budget, where nobody says how much it holds
-CURE = "which `iret calibrate` finds"  # to whoever runs the server
 SOURCES = {"float32": "estimate:fp32", "int8": "estimate:int8"}
 
 log = logging.getLogger("iret.serve")
@@ -169,9 +168,7 @@ class Computer:
             return self._by_battery(ask.battery_percent, HOURS if ask.hours_left is None else ask.hours_left)
         if ask.budget is not None:
             if session.points is None and ask.budget < 1:
-                raise Refusal(
-                    422, f"budget={ask.budget:g}: this model has no operating points, {CURE}; give 1, or none."
-                )
+                raise Refusal(422, f"budget={ask.budget:g} needs operating points, and {session.lacking}; or give 1.")
             cheapest = 0.0 if session.points is None else session.points.cheapest_budget
             if ask.budget < cheapest:
                 raise Refusal(
@@ -199,7 +196,7 @@ class Computer:
     def _by_battery(self, percent: float, hours: float) -> float:
         """The controller's choice for so much battery and so long to go, at the stated rate."""
         if self._session.points is None:
-            raise Refusal(422, f"battery_percent needs operating points, and there are none, {CURE}; leave it out.")
+            raise Refusal(422, f"battery_percent needs operating points, and {self._session.lacking}; or leave it out.")
         if self._menu is None:
             self._menu = self._make_menu()
         rate, watt_hours = self._supply.images_per_second, self._supply.battery_wh

@@ -67,7 +67,7 @@ def do_calibrate(args: argparse.Namespace) -> int:
     has_weights = folder.resolve() == own or _holds_copy(args, loaded, there)
     with context:
         try:
-            points = _find_points(args, model, folder)
+            points = _find_points(args, model, folder, there)
         except KeyboardInterrupt:
             return fail("stopped; what was measured is kept, and the same command goes on.", 130)
         table, _ = measure_device(model, points, meter, say)
@@ -134,7 +134,7 @@ def _calibrate_bundle(args: argparse.Namespace) -> int:
     return 0
 
 
-def _find_points(args: argparse.Namespace, model, folder: Path):
+def _find_points(args: argparse.Namespace, model, folder: Path, there):
     """Those the model has, with --device-only; else from a search on held-out images."""
     from iret.calibrate import MAX_IMAGES, calibrate, keep_clocks
     from iret.doctor import describe_device
@@ -156,10 +156,11 @@ def _find_points(args: argparse.Namespace, model, folder: Path):
     check_counts(args, "trials", "max_images")
     data = open_data(args, "val", model)
     most = MAX_IMAGES if args.max_images is None else args.max_images
-    if model.points is not None and min(len(data), most) < model.points.num_images:
+    before, where = (model.points, args.model) if there is None else (there, folder)
+    if before is not None and min(len(data), most) < before.num_images:
         say(
-            f"the operating points that {args.model} has are of {model.points.num_images} images; this search looks at "
-            f"{min(len(data), most)}, so its accuracies are less sure"
+            f"the operating points in {where} are of {before.num_images} images; this search looks at {min(len(data), most)}, so "
+            "its accuracies are less sure"
         )
     folder.mkdir(parents=True, exist_ok=True)
     points = calibrate(
