@@ -3,6 +3,7 @@
 plain           weights as torch keeps them, eager
 laid out        weights input by input in memory (`iret.vit.lay_out`), eager: what `iret.load` gives
 compiled        the same through `model.compile()` (inductor)
+bfloat16        laid out, under autocast (`iret.precision.prepare`), eager
 float32-onednn  linear layers by oneDNN, bias and GELU included (`iret.precision.to_onednn`), eager
 int8            int8 linear layers (`iret.precision.to_int8`), eager
 onnxruntime     a bundle through `iret.Session`
@@ -18,6 +19,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -31,14 +33,14 @@ from iret import doctor
 from iret.bench import make_point
 from iret.export.bundle import export
 from iret.measure.latency import measure_latency, pin_threads, ratio
-from iret.precision import CONVERSIONS
+from iret.precision import PRECISIONS, prepare
 from iret.runtime.cost import full_macs
 from iret.runtime.points import Point
 from iret.runtime.timing import replay
 from iret.vit import lay_out
 
 RATIOS = (1.0, 1.5, 1.74, 2.5, 2.7, 4.0, 5.3, 6.0)
-ENGINES = ("plain", "laid out", "compiled", "float32-onednn", "int8", "onnxruntime")
+ENGINES = ("plain", "laid out", "compiled", "bfloat16", "float32-onednn", "int8", "onnxruntime")
 
 
 def make_engine(name: str, images: Tensor, points: dict[float, Point]) -> dict[float, Callable[[], object]]:
@@ -51,14 +53,20 @@ def make_engine(name: str, images: Tensor, points: dict[float, Point]) -> dict[f
             session = iret.Session(Path(folder) / "bundle", name, threads=1)
         options = {asked: replay(model.shape, point, point.plans[0]) for asked, point in points.items() if asked > 1}
         return {asked: partial(session, images.numpy(), **options.get(asked, {})) for asked in points}
-    if name in CONVERSIONS:
-        model = CONVERSIONS[name](model)
+    context: AbstractContextManager = nullcontext()
+    if name in PRECISIONS:
+        model, context = prepare(model, name)
     elif name != "plain":
         lay_out(model)
     if name == "compiled":
         model.compile()
-    runs = {asked: partial(model.replay, images, list(point.plans), point) for asked, point in points.items()}
-    return runs | {1.0: partial(model, images)}
+
+    def inside(call: Callable[..., object], *arguments: object) -> object:
+        with context:
+            return call(*arguments)
+
+    runs = {asked: partial(inside, model.replay, images, list(point.plans), point) for asked, point in points.items()}
+    return runs | {1.0: partial(inside, model, images)}
 
 
 @torch.no_grad()

@@ -256,7 +256,9 @@ def test_a_search_that_goes_on_runs_nothing_twice(tmp_path, monkeypatch):
     table = calibrate(model, data, data_name="mine", memory_path=file)
     whole = file.read_text()
     monkeypatch.setattr(calibrate_module._Meter, "_run", lambda *args: pytest.fail("an image was run again"))
-    assert calibrate(model, data, data_name="mine", memory_path=file) == table
+    said: list[str] = []
+    assert calibrate(model, data, data_name="mine", memory_path=file, say=said.append) == table
+    assert said[0].startswith(f"{file} holds {len(whole.splitlines()) - 1} evaluations of this model on these images")
     assert file.read_text() == whole
 
 

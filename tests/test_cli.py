@@ -260,7 +260,8 @@ def test_calibrate_writes_the_points_that_it_says(tmp_path, capsys, quick):
         row for row in said.err.splitlines() if row.startswith(("0 0 ", "0.")) or re.match(r"[\d.:]+ [\d.:]+  ", row)
     ]
     assert len(rows) == len(points.points)
-    assert "joules estimated" in said.err
+    assert "joules estimated" in said.err and "are not made again" not in said.err  # another folder, another search
+    assert f"drawn: {tmp_path / 'search.png'}" in said.err
     assert "less sure" not in said.err
     assert cli.main([*line[:-3], "4", "--trials", "1", "--out", str(tmp_path / "fewer")]) == 0
     assert "are of 5 images; this search looks at 4, so its accuracies are less sure" in capsys.readouterr().err
@@ -274,8 +275,10 @@ def test_the_clock_of_another_device_is_measured_without_data(tmp_path, capsys, 
     line = ["calibrate", str(tmp_path / "m")]
     assert cli.main([*line, "--data", make_data(tmp_path / "d"), "--max-images", "5", "--trials", "1"]) == 0
     before = OperatingPoints.read(tmp_path / "m")
+    assert "top-1 is that of float32" not in capsys.readouterr().err
     for precision in ("bfloat16", "float32-onednn"):
         assert cli.main([*line, "--device-only", "--precision", precision]) == 0
+        assert "top-1 is that of float32, in which the points were searched" in capsys.readouterr().err
     after = OperatingPoints.read(tmp_path / "m")
     assert after.points == before.points
     assert [table.device.rpartition(", ")[2] for table in after.devices] == ["float32", "bfloat16", "float32-onednn"]
@@ -388,7 +391,10 @@ def test_simulate_plays_a_day_on_the_clock_of_the_model(tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert len([row for row in said.err.splitlines() if row.startswith(("controller", "fixed"))]) == 4
+    assert f"drawn: {tmp_path / 'day.png'}" in said.err and "only energy is reckoned with" not in said.err
     assert (tmp_path / "day.png").stat().st_size > 1000
+    assert cli.main([*line[:2], "--hours", "0.01", "--rate", "300"]) == 0
+    assert re.search(r"--rate 300: .* \d+ images a second at its slowest point and \d+ at", capsys.readouterr().err)
 
 
 def test_a_goal_lets_the_controller_choose_and_says_why(tmp_path, capsys, monkeypatch):

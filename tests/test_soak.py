@@ -84,8 +84,23 @@ def test_a_calibration_killed_at_twenty_random_moments_ends_at_the_same_table(tm
         victim.send_signal(signal.SIGKILL)
         victim.wait()
         kills.append((len(kills), len(memory.read_text().splitlines()) - 1))
-    keep("calibration_kills", kills)
     subprocess.run([*command, str(broken)], env=environment(), check=True, capture_output=True)
+    finish = [*command, str(broken)]  # nothing is left to search: it loads, walks, measures the clock and writes
+    started = time.monotonic()
+    subprocess.run(finish, env=environment(), check=True, capture_output=True)
+    whole_s = time.monotonic() - started
+    for _ in range(NUM_KILLS):
+        victim = subprocess.Popen(finish, env=environment(), stderr=subprocess.DEVNULL)
+        try:
+            victim.wait(draw.uniform(0, 1.1) * whole_s)
+        except subprocess.TimeoutExpired:
+            victim.send_signal(signal.SIGKILL)
+            victim.wait()
+        there = OperatingPoints.read(broken)  # the old one or the new one, and whole
+        assert there is not None
+        kills.append((len(kills), len(memory.read_text().splitlines()) - 1))
+    keep("calibration_kills", kills)
+    subprocess.run(finish, env=environment(), check=True, capture_output=True)
     tables = [OperatingPoints.read(folder) for folder in (whole, broken)]
     assert tables[0] is not None and tables[1] is not None
     assert tables[0].points == tables[1].points

@@ -199,10 +199,9 @@ def bench(
 
 
 def check_unused(folder: Path) -> None:
-    """Raises ValueError for a folder that holds a bench, or files of its names, already."""
-    for name in (ROWS_NAME, SAMPLES_NAME):
-        if (folder / name).exists():
-            raise ValueError(f"{folder} holds a {name} already; name a new folder with --out.")
+    """Raises ValueError for a folder that holds anything."""
+    if there := sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []:
+        raise ValueError(f"{folder} holds a {there[0]} already; name a new folder with --out.")
 
 
 def save(folder: Path, command: str, rows: Sequence[Row], samples: dict[Key, Latency]) -> None:

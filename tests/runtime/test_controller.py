@@ -673,6 +673,7 @@ def test_a_floor_alone_is_met_as_cheaply_as_can_be():
     assert found.budget == pytest.approx(0.6)
     found = Controller(LADDER, Goal(min_accuracy=0.8)).decide(Reading(time_s=0.0))
     assert (found.budget, found.broken) == (1.0, ("accuracy",))
+    assert found.reason == "accuracy: as cheap as 0.7 allows"
 
 
 def test_a_floor_yields_to_all_others():

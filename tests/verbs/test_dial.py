@@ -1,5 +1,6 @@
 """Words of `calibrate`, `bench` and `simulate` that would be lost without a sentence, and what a day says of itself."""
 
+import json
 import re
 import subprocess
 import sys
@@ -53,12 +54,12 @@ def test_a_file_in_the_place_of_a_folder_is_said_before_anything_is_measured(tmp
     assert out.read_text() == "mine"
 
 
-def test_a_bench_takes_no_folder_that_holds_one(tmp_path, capsys, monkeypatch):
+def test_a_bench_takes_no_folder_that_holds_anything(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("iret.bench.bench", lambda *args, **kinds: pytest.fail("it was measured"))
-    (tmp_path / "bench.json").write_text("mine")
+    (tmp_path / "config.json").write_text("mine")
     assert cli.main(["bench", NANO, "--out", str(tmp_path)]) == 2
-    assert f"{tmp_path} holds a bench.json already; name a new folder" in capsys.readouterr().err
-    assert (tmp_path / "bench.json").read_text() == "mine"
+    assert f"{tmp_path} holds a config.json already; name a new folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 # ---- a bundle's clock
@@ -158,6 +159,15 @@ def test_a_day_says_whose_battery_it_is_what_idles_away_and_what_comes(capsys):
     said = day(capsys, "--battery-wh", "0.5", "--arrivals", "steady")
     assert "a battery of 0.5 Wh\n" in said and "steady arrivals" in said
     assert "no clock of" not in said  # the clock was named
+
+
+def test_on_the_shipped_photo_model_s_day_the_controller_lasts_and_no_point_that_does_is_right_more_often(capsys):
+    """The day of the README."""
+    name = "iret_pico-cifar10"
+    assert cli.main(["simulate", name, "--clock", clock_of(name), "--json"]) == 0
+    controller, *fixed = json.loads(capsys.readouterr().out)["outcomes"]
+    assert controller["lasts"] and not fixed[-1]["lasts"]
+    assert controller["correct"] >= max(outcome["correct"] for outcome in fixed if outcome["lasts"])
 
 
 def test_of_several_clocks_none_of_them_this_one_s_one_is_to_be_named(tmp_path, capsys):

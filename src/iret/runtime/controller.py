@@ -252,12 +252,12 @@ class Controller:
             best = self._frugal(fits)
             reason = "battery: neither gauge nor --battery-wh (battery_joules) says what is left, so as cheap as can be"
         elif rungs.is_unlimited:
-            best, reason = self._frugal(fits), f"accuracy: as cheap as {goal.min_accuracy} allows"
+            best, floor = self._frugal(fits), min(goal.min_accuracy or 0.0, float(rungs.accuracy.max()))
+            reason = f"accuracy: as cheap as {floor:.3g} allows"
         held = self._held = self._turn(fits, best, limit, pace)
-        accuracy = float(rungs.accuracy[held])
-        if goal.min_accuracy is not None and accuracy < goal.min_accuracy:
+        if goal.min_accuracy is not None and rungs.accuracy[held] < goal.min_accuracy:
             broken.append("accuracy")
-        return Decision(float(rungs.budget[held]), accuracy, reason, tuple(broken), tuple(doubts))
+        return Decision(float(rungs.budget[held]), float(rungs.accuracy[held]), reason, tuple(broken), tuple(doubts))
 
     def _frugal(self, fits: np.ndarray) -> int:
         """The cheapest above the floor, if there is one: nothing else is asked, or nobody knows what else is affordable."""

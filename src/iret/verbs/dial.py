@@ -16,6 +16,7 @@ from iret.verbs.console import (
     check_idle_watts,
     check_picture,
     choose_meter,
+    explain_rate,
     fail,
     measure_bundle,
     open_data,
@@ -48,6 +49,7 @@ def do_calibrate(args: argparse.Namespace) -> int:
     from iret.classifier import read_points
     from iret.clock import measure_device
     from iret.draw import draw_search
+    from iret.measure.latency import pin_threads
     from iret.precision import prepare
     from iret.runtime.points import FILE_NAME, OperatingPoints
     from iret.weights import write_atomically
@@ -68,9 +70,11 @@ def do_calibrate(args: argparse.Namespace) -> int:
     with context:
         try:
             points = _find_points(args, model, folder, there)
+            with nullcontext() if args.threads is None else pin_threads(args.threads):
+                table, _ = measure_device(model, points, meter, say)
         except KeyboardInterrupt:
-            return fail("stopped; what was measured is kept, and the same command goes on.", 130)
-        table, _ = measure_device(model, points, meter, say)
+            kept = "" if args.device_only else "what was searched is kept, and "
+            return fail(f"stopped; {kept}the same command goes on.", 130)
     if there is not None and there.points == points.points:  # it may know clocks that the model does not
         points = reduce(OperatingPoints.with_device, there.devices, points)
     loaded.points = points.with_device(table)
@@ -80,6 +84,7 @@ def do_calibrate(args: argparse.Namespace) -> int:
         loaded.save_pretrained(folder)
     if args.show:
         draw_search(loaded.points, folder / SEARCH_NAME, Path(args.show))
+        say(f"drawn: {args.show}")
     if args.json:
         print(json.dumps(asdict(loaded.points)))
         return 0
@@ -160,7 +165,8 @@ def _find_points(args: argparse.Namespace, model, folder: Path, there):
     if before is not None and min(len(data), most) < before.num_images:
         say(
             f"the operating points in {where} are of {before.num_images} images; this search looks at {min(len(data), most)}, so "
-            "its accuracies are less sure"
+            f"its accuracies are less sure"
+            + ("; its points take the place of those (--out NEW keeps them)" if args.out is None else "")
         )
     folder.mkdir(parents=True, exist_ok=True)
     points = calibrate(
@@ -184,6 +190,10 @@ def _explain_joules(found) -> str:
 
 def _print_points(points, table) -> None:
     say(f"ms and joules an image at batch 1 on {table.device}; {_explain_joules(table)}")
+    if not table.device.endswith(", float32"):
+        say(
+            "top-1 is that of float32, in which the points were searched; `iret eval` measures it in this number format"
+        )
     print_table(
         ("keep thresholds", "leave at", "top-1", "of full", "p95", "ms", "p95", "mJ"),
         [
@@ -238,6 +248,7 @@ def do_bench(args: argparse.Namespace) -> int:
         say("thresholds make a GPU wait for the host at every transition; iret.FixedCounts does not: docs/gpu.md")
     if args.out:
         save(Path(args.out), shlex.join(["iret", *args.words]), rows, samples)
+        say(f"kept: {args.out}")
     if args.json:
         print(json.dumps({"device": place, "rows": [asdict(row) for row in rows]}))
         return 0
@@ -291,6 +302,7 @@ def do_simulate(args: argparse.Namespace) -> int:
     outcomes = simulate(menu, goal, day)
     if args.show:
         draw(outcomes, Path(args.show), f"{args.model}: {args.hours:g} h, {args.arrivals} arrivals", args.max_celsius)
+        say(f"drawn: {args.show}")
     if args.json:
         rows = [{name: value for name, value in asdict(outcome).items() if name != "series"} for outcome in outcomes]
         found = {"model": args.model, "device": table.device, "arrivals": day.arrivals, "battery_j": day.battery_joules}
@@ -303,6 +315,8 @@ def do_simulate(args: argparse.Namespace) -> int:
     if args.clock is None and table.device != _here():
         say(f"there is no clock of {_here()}; {_remedy(args.model, '--device-only')} measures it")
     say("a fixed budget is one operating point for every image")
+    for note in explain_rate(args.rate, menu.ms):
+        say(note)
     _print_outcomes(outcomes)
     say(_sum_up(outcomes[0], best_of(outcomes[1:])))
     return 0

@@ -12,6 +12,7 @@ from iret.verbs.console import (
     check_device,
     check_idle_watts,
     check_picture,
+    explain_rate,
     fail,
     print_table,
     say,
@@ -32,7 +33,7 @@ def do_predict(args: argparse.Namespace) -> int:
     model, context = prepare(load(args.model).to(check_device(args.device)), args.precision)
     predictions, decisions, pictures, bad = [], [], [], []
     with context:
-        pilot = _start_pilot(args, model)
+        pilot, on_goals = _start_pilot(args, model)
         setting, chosen = _read_setting(args, model)
         warm_up(model, setting)
         for path in args.images:
@@ -62,7 +63,7 @@ def do_predict(args: argparse.Namespace) -> int:
                 )
     if pictures:
         save_image(stack(pictures), Path(args.show))
-    notes = [*chosen, *_explain_exit(args, has_goal=pilot is not None), *_count_late(args, predictions)]
+    notes = [*chosen, *on_goals, *_explain_exit(args, has_goal=pilot is not None), *_count_late(args, predictions)]
     if args.json:
         answers = [
             asdict(answer) | {"decision": decision and asdict(decision)}
@@ -138,7 +139,7 @@ def _explain_decisions(decisions) -> list[str]:
 
 
 def _start_pilot(args: argparse.Namespace, model):
-    """What turns the dial for the goals that were given; None without any."""
+    """What turns the dial for the goals that were given, and notes on them; None without any."""
     from iret.doctor import describe_device
     from iret.pilot import Pilot
     from iret.runtime.controller import Goal
@@ -162,14 +163,14 @@ def _start_pilot(args: argparse.Namespace, model):
     if args.min_accuracy is not None and args.min_accuracy > 1:
         raise ValueError(f"--min-accuracy {args.min_accuracy:g} is above 1; it is a share of right answers.")
     if all(goal is None for goal in goals.values()):
-        return None
+        return None, []
     if any(choice is not None for choice in (args.budget, args.ms, args.joules, args.threshold)):
         raise ValueError("goals let a controller turn the dial; leave out --budget, --ms, --joules and --threshold.")
     if model.points is None:
         raise ValueError(f"{args.model} has no operating points to choose from; run `iret calibrate` first.")
     goal = Goal(**goals, battery_joules=None if args.battery_wh is None else 3600 * args.battery_wh)
     menu = model.points.menu(describe_device(model.pos_embed.device, model.precision), args.idle_watts)
-    return Pilot(menu, goal)
+    return Pilot(menu, goal), [] if args.rate is None else explain_rate(args.rate, menu.ms)
 
 
 def _print_predictions(predictions) -> None:
