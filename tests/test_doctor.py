@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from importlib import metadata
@@ -38,6 +39,34 @@ def test_the_report_states_what_runs_here():
     assert found["versions"]["python"] == sys.version.split()[0]
     assert found["threads"]["num_usable"] >= 1
     assert found["devices"]["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        ("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n", "AMD EPYC family 25 model 17"),
+        (
+            "cpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Xeon(R) 8481C\n",
+            "Xeon(R) 8481C",
+        ),
+        (
+            "cpu family : 25\nmodel : 17\nmodel name : AMD EPYC\n\ncpu family : 26\nmodel : 2\n",
+            "AMD EPYC family 25 model 17",
+        ),
+        ("model name\t: ARMv7 Processor rev 4 (v7l)\n", "ARMv7 Processor rev 4 (v7l)"),
+        ("model name\t: Some Processor\n", "Some Processor"),
+        ("processor\t: 0\nCPU part\t: 0xd0b\n", platform.processor() or platform.machine()),
+    ],
+)
+def test_a_processor_whose_name_is_a_series_is_told_by_family_and_model(tmp_path, monkeypatch, cpuinfo, name):
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
+    assert doctor.processor_name() == name
+
+
+def test_without_proc_the_architecture_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "nowhere")
+    assert doctor.processor_name() == (platform.processor() or platform.machine())
 
 
 def test_the_text_shows_every_version_and_note():

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "iret"
 # From the floor up. A room imports rooms of its own level (never in a circle) and of the levels below.
 LEVELS = (
     {"runtime", "measure", "doctor"},
-    {"attention", "lifting", "tokens", "weights", "picture"},
+    {"attention", "lifting", "tokens", "weights", "picture", "compiled"},
     {"vit", "selection", "classifier"},
     {"model", "output", "systems", "policies", "presets"},
     {"zoo", "precision"},

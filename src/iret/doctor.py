@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Set
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import iret
@@ -34,6 +35,7 @@ SPIN_ADVICE = (
     "GOMP_SPINCOUNT is not set: beside another busy process, torch on several threads can run 10 to 30 times slower. "
     "Run: export GOMP_SPINCOUNT=0"
 )
+CPUINFO = Path("/proc/cpuinfo")
 _REQUIREMENT = re.compile(r"([\w.-]+)\s*(?:\[([\w.,\s-]+)\])?.*?;.*\bextra\s*==\s*['\"]([\w.-]+)['\"]")
 
 
@@ -224,12 +226,16 @@ def describe_device(device: Any, precision: str) -> str:
 
 
 def processor_name() -> str:
-    """The processor as the system calls it; the architecture where it has no better name."""
+    """The processor as the system calls it; the architecture where it has no better name.
+
+    A name without a number, as virtual machines have it, is that of a series (AMD EPYC): family and model tell its members apart.
+    """
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+        first = CPUINFO.read_text("utf-8", errors="replace").partition("\n\n")[0]  # of several alike
     except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
+        first = ""  # not Linux
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if not re.search(r"\d", name) and {"cpu family", "model"} <= found.keys():
+        return f"{name} family {found['cpu family']} model {found['model']}"
+    return name

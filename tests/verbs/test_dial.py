@@ -208,10 +208,10 @@ def test_a_day_at_the_costs_of_another_machine_says_so(capsys, monkeypatch):
 
 def test_a_cap_is_a_goal_too(capsys):
     """Of budgets that last, those that get too hot keep no goal; and a controller that cannot stay cool is not praised."""
-    words = ["--battery-wh", "50", "--arrivals", "steady", "--rate", "40", "--kelvin-per-watt"]
-    warm = day(capsys, *words, "100", "--max-celsius", "30").splitlines()[-1]
+    words = ["--battery-wh", "12.5", "--arrivals", "steady", "--rate", "10", "--kelvin-per-watt"]
+    warm = day(capsys, *words, "400", "--max-celsius", "30").splitlines()[-1]
     assert re.search(r"the controller lasts, \d+ right; of the fixed budgets that keep the goal, 0\.\d+ has", warm)
-    hot = day(capsys, *words, "9000", "--max-celsius", "26").splitlines()[-1]
+    hot = day(capsys, *words, "36000", "--max-celsius", "26").splitlines()[-1]
     assert re.search(r"the controller lasts, \d+ right, \d+ of its images above the cap; no fixed budget keeps", hot)
 
 

@@ -252,6 +252,11 @@ def do_bench(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"device": place, "rows": [asdict(row) for row in rows]}))
         return 0
+    _print_rows(rows)
+    return 0
+
+
+def _print_rows(rows) -> None:
     print_table(
         ("model", "batch", "budget", "of full", "ms p50", "ms p95", "images/s", "times faster", "share", "mJ/image"),
         [
@@ -274,7 +279,6 @@ def do_bench(args: argparse.Namespace) -> int:
         f"{_explain_joules(rows[0])}; images/s and times faster by the mean of all rounds; share: times faster, over the MACs of "
         "the full run / MACs"
     )
-    return 0
 
 
 def do_simulate(args: argparse.Namespace) -> int:
