@@ -19,7 +19,7 @@ from iret import calibrate, cli, clock
 from iret.doctor import describe_device
 from iret.model import Iret
 from iret.runtime.cost import full_macs
-from iret.runtime.points import OperatingPoints, Point
+from iret.runtime.points import FILE_NAME as POINTS_NAME, OperatingPoints, Point
 from iret.train import recipe as recipes
 from iret.verbs import console
 from models import made_up_clock
@@ -409,6 +409,8 @@ def test_a_goal_lets_the_controller_choose_and_says_why(tmp_path, capsys, monkey
     assert all(each["macs_share"] > 0.99 for each in the_object(capsys)["predictions"])  # a watt-hour is plenty
     assert cli.main([*line, "--battery", "1", "--rate", "1", "--battery-wh", "0.02", "--json"]) == 0
     assert all(each["macs_share"] < 0.5 for each in the_object(capsys)["predictions"])  # 0.02 J an image
+    assert cli.main([*line, "--battery", "0.01", "--rate", "400", "--battery-wh", "9", "--json"]) == 0
+    assert any("125 images a second at its slowest point and 500 at" in note for note in the_object(capsys)["notes"])
     idle = ["--battery-wh", "0.04", "--idle-watts", "0.02"]  # leaves as much
     assert cli.main([*line, "--battery", "1", "--rate", "1", *idle, "--json"]) == 0
     assert all(each["macs_share"] < 0.5 for each in the_object(capsys)["predictions"])
@@ -547,9 +549,6 @@ def mistake(tmp_path: Path, capsys, line: str) -> str:
         ("p.png --deadline 5 --budget 0.5", "goals let a controller turn the dial; leave out --budget"),
         ("p.png --battery 8", "--battery 8 needs --rate"),
         ("p.png --battery-wh 20", "--battery-wh tells of the battery; say with --battery how long it must last"),
-        ("p.png --meter rapl --deadline 5", "--meter tells of the battery; say with --battery how long"),
-        ("p.png --battery 1 --rate 1 --meter estimate --model m", "--meter estimate gives estimates here"),
-        ("p.png --battery 1 --rate 1 --meter sun --model m", "there is no energy meter 'sun'"),
         ("p.png --rate 1 --deadline 5", "--rate tells of the battery; say with --battery how long"),
         ("p.png --idle-watts 1 --budget 0.5", "--idle-watts tells of the battery"),
         ("p.png --ms 5", "no clock was measured on this device"),
@@ -650,6 +649,23 @@ def test_ctrl_c_is_one_sentence(capsys, monkeypatch):
     monkeypatch.setattr("iret.doctor.report", interrupted)
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "iret: stopped.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [([], "what was searched is kept, and the same command goes on"), (["--device-only"], "nothing was changed")],
+)
+def test_ctrl_c_in_the_clock_of_a_calibration_says_what_is_kept(tmp_path, capsys, monkeypatch, quick, words, kept):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    make_model(tmp_path / "m")
+    before = (tmp_path / "m" / POINTS_NAME).read_bytes()
+    monkeypatch.setattr(clock, "measure_device", interrupted)
+    data = [] if words else ["--data", make_data(tmp_path / "d"), "--max-images", "5", "--trials", "1"]
+    assert cli.main(["calibrate", str(tmp_path / "m"), *words, *data]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"iret: stopped; {kept}."
+    assert (tmp_path / "m" / POINTS_NAME).read_bytes() == before
 
 
 def test_a_command_that_is_told_to_end_clears_away_what_it_began(tmp_path):

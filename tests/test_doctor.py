@@ -55,6 +55,11 @@ def test_the_report_states_what_runs_here():
         ),
         ("model name\t: ARMv7 Processor rev 4 (v7l)\n", "ARMv7 Processor rev 4 (v7l)"),
         ("model name\t: Some Processor\n", "Some Processor"),
+        ("cpu family: 6\nmodel: 85\nmodel name: Xeon(R) CPU @ 2.20GHz\n", "Xeon(R) CPU @ 2.20GHz family 6 model 85"),
+        (
+            "cpu family: 15\nmodel: 107\nmodel name: QEMU CPU version 2.5+\n",
+            "QEMU CPU version 2.5+ family 15 model 107",
+        ),
         ("processor\t: 0\nCPU part\t: 0xd0b\n", platform.processor() or platform.machine()),
     ],
 )

@@ -1,14 +1,11 @@
 """The controller at work: what the sensors say reaches it, and what it decides is a budget the model can serve."""
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 
 from iret.measure.battery import Battery
-from iret.measure.energy import EnergyError, EnergyMeter
+from iret.measure.energy import EnergyError
 from iret.pilot import Pilot
-from iret.runtime.controller import Decision, Goal, Menu
+from iret.runtime.controller import Goal, Menu
 
 MENU = Menu(
     budget=(0.2, 0.5, 1.0),
@@ -56,71 +53,6 @@ def test_the_time_of_several_images_is_their_mean():
             pilot.note(time_s)
         last = pilot.next()
     assert last.budget < 1
-
-
-class FakeMeter(EnergyMeter):
-    """Reads `joules` of every window, its seconds included; fails while there are none."""
-
-    def __init__(self, joules: float | None, resolution_s: float = 0.01) -> None:
-        super().__init__("fake:0", "a fake board", resolution_s=resolution_s)
-        self.joules, self.num_windows = joules, 0
-
-    def _begin(self) -> None:
-        self.num_windows += 1
-
-    def _end(self) -> tuple[float, float]:
-        if self.joules is None:
-            raise EnergyError("fake:0 vanished.")
-        return self.joules, 1.0
-
-
-def metered(meter: FakeMeter, images: int, *, idle_watts: float = 0.0, step_s: float = 1.0) -> list[Decision]:
-    """Of an hour at one image a second, with the energy for half of the dial, the table's joules off by what the meter reads."""
-    seconds = iter(np.arange(0, 10_000, step_s / 2))  # two looks at the clock an image
-    menu = replace(MENU, idle_watts=idle_watts)
-    goal = Goal(hours=1.0, images_per_second=1.0, battery_joules=3600 * (0.05 + idle_watts))
-    pilot = Pilot(menu, goal, battery=lambda: None, clock=lambda: float(next(seconds)), meter=meter)
-    decisions = []
-    for _ in range(images):
-        decisions.append(pilot.next())
-        pilot.note(0.010)
-    pilot.close()
-    meter.start()  # no window is left open
-    return decisions
-
-
-@pytest.mark.parametrize("idle_watts", [0.0, 0.5])
-def test_a_meter_tells_what_images_really_take(idle_watts):
-    true, half = (FakeMeter(idle_watts + joules) for joules in (0.05, 0.025))
-    last = metered(true, 60, idle_watts=idle_watts)[-1]
-    assert last.budget == pytest.approx(0.5, abs=0.03)
-    assert true.num_windows == 61
-    assert (
-        metered(half, 60, idle_watts=idle_watts)[-1].budget > last.budget + 0.2
-    )  # images take half of what is in the table
-
-
-def test_a_window_that_is_too_short_goes_on_and_is_shared():
-    meter = FakeMeter(0.5, resolution_s=10.0)  # of ten images, 0.05 each
-    decisions = metered(meter, 60)
-    assert meter.num_windows == 7  # one every ten seconds, and the test's own
-    assert decisions[-1].budget == pytest.approx(0.5, abs=0.03)
-
-
-def test_a_meter_that_vanishes_is_named_and_comes_back():
-    meter = FakeMeter(None)
-    said = [decision.doubts for decision in metered(meter, 6)]
-    assert [("fake:0 vanished." in doubts) for doubts in said] == [False, True, False, True, False, True]
-    drowned = metered(FakeMeter(0.4), 4, idle_watts=0.5)
-    assert any("0.5 W idle" in doubt for decision in drowned for doubt in decision.doubts)
-
-
-def test_without_a_battery_to_keep_no_meter_is_read():
-    meter = FakeMeter(1.0)
-    pilot = Pilot(MENU, Goal(deadline_ms=20.0), clock=lambda: 0.0, meter=meter)
-    pilot.next()
-    pilot.close()
-    assert meter.num_windows == 0
 
 
 def test_sensors_that_vanish_are_named_and_the_answers_go_on():

@@ -244,9 +244,6 @@ def _add_goal(dial, parser: argparse.ArgumentParser) -> None:
     goal.add_argument(
         "--idle-watts", type=float, help="that the device draws always (default: as iret calibrate measured, or 0)"
     )
-    goal.add_argument(
-        "--meter", help="that measures what images take, beside the battery's gauge; iret doctor lists them"
-    )
     goal.add_argument("--deadline", type=float, metavar="MS", help="for 95 of 100 images")
     goal.add_argument("--max-celsius", type=float, help="to stay under; without a sensor, the cheapest point is served")
     goal.add_argument("--min-accuracy", type=float, help="in (0, 1], by the table; yields to the other goals")

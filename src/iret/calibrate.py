@@ -148,9 +148,7 @@ def calibrate(
     meter = _Meter(model, data, max_images, workers)
     memory = Memory(memory_path, "" if memory_path is None else fingerprint(model, meter.batches))
     if memory.known:
-        say(
-            f"{memory_path} holds {len(memory.known)} evaluations of this model on these images, which are not made again"
-        )
+        say(f"{memory_path} knows runs of this model on these images ({len(memory.known)}), which are not made again")
     course = _search(meter, memory, trials, say)
     full = full_macs(model.shape)
     measured: dict[float, Point] = {}

@@ -25,7 +25,7 @@ def compile_parts(*parts: nn.Module, **options) -> None:
         part.compile(**options)
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="the model is compiled in its parts; leave out fullgraph, or use iret.FixedCounts")
 def run_in_parts(model: nn.Module, *args, **kwargs) -> Tensor:
     """What `torch.compile(model)` runs in place of a trace: the model, compiled in its parts with the default options."""
     if model.get_submodule("stages.0")._compiled_call_impl is None:

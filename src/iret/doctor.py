@@ -228,7 +228,8 @@ def describe_device(device: Any, precision: str) -> str:
 def processor_name() -> str:
     """The processor as the system calls it; the architecture where it has no better name.
 
-    A name without a number, as virtual machines have it, is that of a series (AMD EPYC): family and model tell its members apart.
+    A name without a number, as virtual machines have it (AMD EPYC, Xeon CPU @ 2.20GHz), is that of a series: family and model
+    tell its members apart.
     """
     try:
         first = CPUINFO.read_text("utf-8", errors="replace").partition("\n\n")[0]  # of several alike
@@ -236,6 +237,6 @@ def processor_name() -> str:
         first = ""  # not Linux
     found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
     name = found.get("model name") or platform.processor() or platform.machine()
-    if not re.search(r"\d", name) and {"cpu family", "model"} <= found.keys():
+    if not re.search(r"\d", re.sub(r"@.*|version .*", "", name)) and {"cpu family", "model"} <= found.keys():
         return f"{name} family {found['cpu family']} model {found['model']}"
     return name

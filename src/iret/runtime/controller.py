@@ -253,7 +253,7 @@ class Controller:
             reason = "battery: neither gauge nor --battery-wh (battery_joules) says what is left, so as cheap as can be"
         elif rungs.is_unlimited:
             best, floor = self._frugal(fits), min(goal.min_accuracy or 0.0, float(rungs.accuracy.max()))
-            reason = f"accuracy: as cheap as {floor:.3g} allows"
+            reason = f"accuracy: as cheap as {floor:.6g} allows"
         held = self._held = self._turn(fits, best, limit, pace)
         if goal.min_accuracy is not None and rungs.accuracy[held] < goal.min_accuracy:
             broken.append("accuracy")

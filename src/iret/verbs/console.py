@@ -99,12 +99,12 @@ def announce_hub(data: str) -> None:
         say(f"{data} is no file or folder here; asking the Hugging Face hub")
 
 
-def explain_rate(rate: float, ms: Sequence[float] | None) -> list[str]:
-    """A sentence where not every point, by its `ms` an image, keeps up with `rate` images a second."""
+def explain_rate(rate: float, device: str, ms: Sequence[float] | None) -> list[str]:
+    """A sentence where not every point, by its `ms` an image on `device`, keeps up with `rate` images a second."""
     if ms is None or rate * max(ms) <= 1000:
         return []
     return [
-        f"--rate {rate:g}: one after the other this device answers {1000 / max(ms):.3g} images a second at its slowest point and "
+        f"--rate {rate:g}: one after the other {device} answers {1000 / max(ms):.3g} images a second at its slowest point and "
         f"{1000 / min(ms):.3g} at its fastest; only energy is reckoned with"
     ]
 

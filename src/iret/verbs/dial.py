@@ -73,8 +73,10 @@ def do_calibrate(args: argparse.Namespace) -> int:
             with nullcontext() if args.threads is None else pin_threads(args.threads):
                 table, _ = measure_device(model, points, meter, say)
         except KeyboardInterrupt:
-            kept = "" if args.device_only else "what was searched is kept, and "
-            return fail(f"stopped; {kept}the same command goes on.", 130)
+            kept = (
+                "nothing was changed" if args.device_only else "what was searched is kept, and the same command goes on"
+            )
+            return fail(f"stopped; {kept}.", 130)
     if there is not None and there.points == points.points:  # it may know clocks that the model does not
         points = reduce(OperatingPoints.with_device, there.devices, points)
     loaded.points = points.with_device(table)
@@ -166,7 +168,7 @@ def _find_points(args: argparse.Namespace, model, folder: Path, there):
         say(
             f"the operating points in {where} are of {before.num_images} images; this search looks at {min(len(data), most)}, so "
             f"its accuracies are less sure"
-            + ("; its points take the place of those (--out NEW keeps them)" if args.out is None else "")
+            + ("" if there is None else "; its points take the place of those (--out NEW keeps them)")
         )
     folder.mkdir(parents=True, exist_ok=True)
     points = calibrate(
@@ -179,7 +181,7 @@ def _find_points(args: argparse.Namespace, model, folder: Path, there):
         memory_path=folder / SEARCH_NAME,
         say=say,
     )
-    return keep_clocks(points, model.points, describe_device(model.pos_embed.device, model.precision), say)
+    return keep_clocks(points, before, describe_device(model.pos_embed.device, model.precision), say)
 
 
 def _explain_joules(found) -> str:
@@ -319,7 +321,7 @@ def do_simulate(args: argparse.Namespace) -> int:
     if args.clock is None and table.device != _here():
         say(f"there is no clock of {_here()}; {_remedy(args.model, '--device-only')} measures it")
     say("a fixed budget is one operating point for every image")
-    for note in explain_rate(args.rate, menu.ms):
+    for note in explain_rate(args.rate, table.device, menu.ms):
         say(note)
     _print_outcomes(outcomes)
     say(_sum_up(outcomes[0], best_of(outcomes[1:])))

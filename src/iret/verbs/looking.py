@@ -55,8 +55,6 @@ def do_predict(args: argparse.Namespace) -> int:
             if args.show:
                 title = f"{Path(path).name}: {prediction.label}, {prediction.macs_share:.0%} of full MACs"
                 pictures.append(draw_focus(model, photo, trace, title))
-    if pilot:
-        pilot.close()
     if pictures:
         save_image(stack(pictures), Path(args.show))
     notes = [*chosen, *on_goals, *_explain_exit(args, has_goal=pilot is not None), *_count_late(args, predictions)]
@@ -149,7 +147,7 @@ def _start_pilot(args: argparse.Namespace, model):
         max_celsius=args.max_celsius,
         min_accuracy=args.min_accuracy,
     )
-    for name in ("rate", "battery_wh", "idle_watts", "meter"):
+    for name in ("rate", "battery_wh", "idle_watts"):
         if args.battery is None and getattr(args, name) is not None:
             raise ValueError(
                 f"--{name.replace('_', '-')} tells of the battery; say with --battery how long it must last."
@@ -164,24 +162,10 @@ def _start_pilot(args: argparse.Namespace, model):
         raise ValueError("goals let a controller turn the dial; leave out --budget, --ms, --joules and --threshold.")
     if model.points is None:
         raise ValueError(f"{args.model} has no operating points to choose from; run `iret calibrate` first.")
-    meter = _open_meter(args)
     goal = Goal(**goals, battery_joules=None if args.battery_wh is None else 3600 * args.battery_wh)
-    menu = model.points.menu(describe_device(model.pos_embed.device, model.precision), args.idle_watts)
-    return Pilot(menu, goal, meter=meter), [] if args.rate is None else explain_rate(args.rate, menu.ms)
-
-
-def _open_meter(args: argparse.Namespace):
-    """What --meter names, None where it is not given; raises ValueError for one that does not measure."""
-    from iret.measure.sources import open_meter
-
-    if args.meter is None:
-        return None
-    meter = open_meter(args.meter)
-    if meter.kind != "measured":
-        raise ValueError(
-            f"--meter {args.meter} gives estimates here, which the table has already; name one that measures (`iret doctor`)."
-        )
-    return meter
+    device = describe_device(model.pos_embed.device, model.precision)
+    menu = model.points.menu(device, args.idle_watts)
+    return Pilot(menu, goal), [] if args.rate is None else explain_rate(args.rate, device, menu.ms)
 
 
 def _print_predictions(predictions) -> None:
