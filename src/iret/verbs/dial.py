@@ -91,14 +91,16 @@ def do_calibrate(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(loaded.points)))
         return 0
     _print_points(loaded.points, table)
+    say(f"{_explain_noise(points)}: {folder / FILE_NAME}")
+    return 0
+
+
+def _explain_noise(points) -> str:
+    """How many operating points, and how surely their accuracies are told apart."""
     images = points.num_images
     rates = [(point.accuracy * images + 2) / (images + 4) for point in points.points]  # Agresti and Coull's interval
     unsure = 196 * max((rate * (1 - rate) / (images + 4)) ** 0.5 for rate in rates)
-    say(
-        f"{len(points.points)} operating points on {images} held-out images, which tell an accuracy to about {unsure:.1f} "
-        f"points: {folder / FILE_NAME}"
-    )
-    return 0
+    return f"{len(points.points)} operating points on {images} held-out images, which tell accuracy to some {unsure:.1f} points"
 
 
 def _holds_copy(args: argparse.Namespace, model, there) -> bool:
