@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,6 +269,18 @@ def test_calibrate_writes_the_points_that_it_says(tmp_path, capsys, quick):
     copy = Iret.from_folder(tmp_path / "elsewhere")  # a whole model: the first was not touched
     assert copy.points.points == points.points
     assert (tmp_path / "search.png").stat().st_size > 1000
+    assert cli.main([*line[:-3], "4", "--trials", "1"]) == 0
+    said = capsys.readouterr().err
+    assert "so its accuracies are less sure; its points take the place of those (--out NEW keeps them)" in said
+
+
+@pytest.mark.parametrize(("words", "pinned"), [([], []), (["--threads", "1"], [1])])
+def test_a_clock_is_measured_on_as_many_processors_as_there_are_threads(tmp_path, monkeypatch, quick, words, pinned):
+    make_model(tmp_path / "m", has_points=False)
+    data, seen = ["--data", make_data(tmp_path / "d"), "--max-images", "5", "--trials", "1"], []
+    monkeypatch.setattr("iret.measure.latency.pin_threads", lambda count: seen.append(count) or nullcontext())
+    assert cli.main(["calibrate", str(tmp_path / "m"), *data, *words]) == 0
+    assert seen == pinned
 
 
 def test_the_clock_of_another_device_is_measured_without_data(tmp_path, capsys, monkeypatch, quick):
@@ -328,6 +341,26 @@ def test_a_clock_is_put_into_no_folder_but_a_copy_of_the_model(tmp_path, capsys,
         assert cli.main(["calibrate", str(tmp_path / "m"), "--device-only", "--out", str(folder)]) == 2
         assert sentence in capsys.readouterr().err
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_copy_that_is_searched_anew_to_the_same_points_has_the_model_s_clocks_too(tmp_path, quick):
+    own, line = tmp_path / "own", ["calibrate", str(tmp_path / "m")]
+    words = ["--data", make_data(tmp_path / "d"), "--max-images", "5", "--trials", "1"]
+    make_model(tmp_path / "m", has_points=False)
+    assert cli.main([*line, *words]) == 0
+    model = Iret.from_folder(tmp_path / "m")
+    model.points = model.points.with_device(replace(made_up_clock(), **columns_of(model, "a board")))
+    model.save_pretrained(tmp_path / "m")
+    assert cli.main([*line, *words, "--out", str(own)]) == 0
+    (own / POINTS_NAME).write_text(replace(OperatingPoints.read(own), devices=()).to_json())
+    assert cli.main([*line, *words, "--out", str(own)]) == 0
+    assert {table.device for table in OperatingPoints.read(own).devices} >= {"a board"}
+
+
+def columns_of(model: Iret, device: str) -> dict:
+    """A clock's columns for as many points as the model has."""
+    column = tuple(float(count) for count in range(len(model.points.points), 0, -1))
+    return dict(device=device, ms_mean=column, ms_p50=column, ms_p95=column, joules=column)
 
 
 def test_a_copy_of_the_model_gets_a_clock_and_keeps_what_else_is_its_own(tmp_path, quick):

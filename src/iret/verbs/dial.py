@@ -169,7 +169,7 @@ def _find_points(args: argparse.Namespace, model, folder: Path, there):
     if before is not None and min(len(data), most) < before.num_images:
         say(
             f"the operating points in {where} are of {before.num_images} images; this search looks at {min(len(data), most)}, so "
-            f"its accuracies are less sure"
+            "its accuracies are less sure"
             + ("" if there is None else "; its points take the place of those (--out NEW keeps them)")
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,6 +183,8 @@ def _find_points(args: argparse.Namespace, model, folder: Path, there):
         memory_path=folder / SEARCH_NAME,
         say=say,
     )
+    if model.points is not None and model.points.points == points.points:
+        before = model.points  # whose clocks hold here, too; the folder's own are added where they do
     return keep_clocks(points, before, describe_device(model.pos_embed.device, model.precision), say)
 
 
@@ -195,9 +197,7 @@ def _explain_joules(found) -> str:
 def _print_points(points, table) -> None:
     say(f"ms and joules an image at batch 1 on {table.device}; {_explain_joules(table)}")
     if not table.device.endswith(", float32"):
-        say(
-            "top-1 is that of float32, in which the points were searched; `iret eval` measures it in this number format"
-        )
+        say("top-1 is that of float32, in which the points were searched; `iret eval` measures this format's")
     print_table(
         ("keep thresholds", "leave at", "top-1", "of full", "p95", "ms", "p95", "mJ"),
         [
