@@ -30,6 +30,7 @@ VERBS = [
     "train",
     "eval",
     "calibrate",
+    "narrow",
     "bench",
     "simulate",
     "export",

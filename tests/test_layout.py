@@ -22,7 +22,7 @@ LEVELS = (
     {"attention", "lifting", "tokens", "weights", "picture", "compiled"},
     {"vit", "selection", "classifier"},
     {"model", "output", "systems", "policies", "presets"},
-    {"zoo", "precision"},
+    {"zoo", "precision", "narrow"},
     {
         "train",
         "export",

@@ -93,7 +93,7 @@ def test_a_block_is_pre_norm_with_two_residual_branches():
 
 
 def test_the_mlp_has_the_width_it_was_asked_for():
-    assert Block(32, 2, mlp_ratio=3).mlp.fc1.out_features == 96
+    assert Block(32, 2, mlp_dim=96).mlp.fc1.out_features == 96
     assert Mlp(4, 6)(torch.zeros(2, 4)).shape == (2, 4)
 
 

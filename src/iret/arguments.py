@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(verbs)
     _add_train(verbs)
     _add_eval_and_calibrate(verbs)
+    _add_narrow(verbs)
     _add_bench(verbs)
     _add_simulate(verbs)
     _add_export(verbs)
@@ -118,6 +119,22 @@ def _add_eval_and_calibrate(verbs) -> None:
     _add_clock(calibrate)
     _add_precision(calibrate)
     _add_common(calibrate)
+
+
+def _add_narrow(verbs) -> None:
+    narrow = _verb(
+        verbs, "narrow", "take channels out of a trained model's MLPs: fewer weights and MACs at every budget"
+    )
+    narrow.add_argument("model", help="shipped name, folder or hub id")
+    narrow.add_argument(
+        "--mlp-ratio", type=float, required=True, help="width inside an MLP over its tokens'; most have 4"
+    )
+    narrow.add_argument("--data", required=True, help="as for train: training images to fit, held-out ones to check")
+    narrow.add_argument("--out", required=True, help="model folder to write, new or empty")
+    narrow.add_argument("--max-images", type=int, default=1000, help="to fit and to check, each (default %(default)s)")
+    narrow.add_argument("--threads", type=int, help="that torch computes with (default: as it likes)")
+    _add_data(narrow)
+    _add_common(narrow)
 
 
 def _add_simulate(verbs) -> None:

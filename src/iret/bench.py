@@ -198,12 +198,6 @@ def bench(
     return rows, samples
 
 
-def check_unused(folder: Path) -> None:
-    """Raises ValueError for a folder that holds anything."""
-    if there := sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []:
-        raise ValueError(f"{folder} holds a {there[0]} already; name a new folder with --out.")
-
-
 def save(folder: Path, command: str, rows: Sequence[Row], samples: dict[Key, Latency]) -> None:
     """`bench.json` (rows, command, environment) and `samples.csv` (seconds of every timed call)."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ VERBS = {
     "train": learning.do_train,
     "eval": learning.do_evaluate,
     "calibrate": dial.do_calibrate,
+    "narrow": learning.do_narrow,
     "bench": dial.do_bench,
     "simulate": dial.do_simulate,
     "export": shipping.do_export,

@@ -53,7 +53,7 @@ class Stage(nn.Module):
         self.num_scored = min(shape.scored_blocks, shape.depths[index]) if shape.importance == "cls" else 1
         heads = dim // shape.head_dim
         self.blocks = nn.ModuleList(
-            Block(dim, heads, shape.mlp_ratio, rate, ATTENTIONS[attention]) for rate in drop_path_rates
+            Block(dim, heads, shape.mlp_dim(index), rate, ATTENTIONS[attention]) for rate in drop_path_rates
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.head = nn.Linear(dim, shape.num_classes) if shape.num_classes else nn.Identity()

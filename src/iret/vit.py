@@ -78,13 +78,13 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; its MLP is `mlp_dim` wide inside, four times the tokens' width unless told."""
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
-        mlp_ratio: int = 4,
+        mlp_dim: int | None = None,
         drop_path_rate: float = 0.0,
         function: AttentionFunction = attend,
     ) -> None:
@@ -92,7 +92,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, num_heads, function)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, mlp_ratio * dim)
+        self.mlp = Mlp(dim, 4 * dim if mlp_dim is None else mlp_dim)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(

@@ -179,8 +179,9 @@ def test_the_last_mlp_of_a_stage_is_spared_for_what_is_dropped():
     assert spared == whole + scoring + heads - dropped
 
 
-def test_another_mlp_ratio_and_number_of_scored_blocks_equal_the_counter():
-    model = opinionated(small_shape(mlp_ratio=2, scored_blocks=3))
+@pytest.mark.parametrize("mlp_ratio", [2, 0.5, 1.25])
+def test_another_mlp_ratio_and_number_of_scored_blocks_equal_the_counter(mlp_ratio):
+    model = opinionated(small_shape(mlp_ratio=mlp_ratio, scored_blocks=3))
     count, out = counted(model.run, torch.randn(1, 3, 32, 48), 1.0)
     assert out.macs.tolist() == [count]
 
@@ -210,7 +211,7 @@ def moved_by(model: Iret, image: torch.Tensor, thresholds: float, exit_confidenc
     return moved + sum(map(torch.numel, weights)), out
 
 
-@pytest.mark.parametrize("options", [*({"lifting": each} for each in LIFTINGS), dict(mlp_ratio=2, img_size=(16, 64))])
+@pytest.mark.parametrize("options", [*({"lifting": each} for each in LIFTINGS), dict(mlp_ratio=1.5, img_size=(16, 64))])
 @pytest.mark.parametrize(("thresholds", "confidence", "stages"), [(0.0, 1.1, 3), (1.0, 1.1, 3), (1.0, 0.0, 1)])
 def test_numbers_moved_are_what_hooks_on_every_linear_layer_see(options, thresholds, confidence, stages):
     shape = small_shape(**options)
@@ -342,7 +343,9 @@ def test_a_shape_survives_json():
         (dict(lifting="db4"), "lifting='db4' is unknown; choose from linear, haar, dawn"),
         (dict(importance="norm"), "importance='norm' is unknown; choose from cls, column"),
         (dict(in_chans=0), "in_chans=0 must be at least 1"),
-        (dict(mlp_ratio=0), "mlp_ratio=0 must be at least 1"),
+        (dict(mlp_ratio=0), "mlp_ratio=0 must be above 0"),
+        (dict(mlp_ratio=float("inf")), "mlp_ratio=inf must be above 0"),
+        (dict(mlp_ratio=2.3), r"mlp_ratio=2.3 must .* whole widths of embed_dims=\(16, 32, 48\); multiples of 1/16 do"),
         (dict(scored_blocks=0), "scored_blocks=0 must be at least 1"),
         (dict(num_classes=-1), "num_classes=-1 must be at least"),
     ],

@@ -2,12 +2,13 @@
 
 A MAC is one multiply and one add of a matrix product or convolution, the convention of torch's `FlopCounterMode` (which
 reports twice this number) and of fvcore. Norms, softmax, GELU and sums are not counted, by them or by us. Per block of
-`n` tokens (class token included) and width `D`:  12 n D^2 + 2 n^2 D  at an MLP ratio of 4;  8 of the 12 are its MLP, which in
-the last block of a stage that chooses only the tokens pass that stay.
+`n` tokens (class token included) and width `D`:  12 n D^2 + 2 n^2 D  at an MLP ratio of 4;  8 of the 12 are its MLP (2 n D H
+of one H channels wide), which in the last block of a stage that chooses only the tokens pass that stay.
 
 Counts may be Python ints or integer arrays of any shape, one entry per image. Read next: `points`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cache, cached_property
@@ -25,6 +26,7 @@ Count = Any  # int or integer array: one number per image
 class Shape:
     """Everything that decides what an Iret computes; sizes in pixels, `embed_dims` and `depths` one entry per stage.
 
+    An MLP is `mlp_ratio` times as wide inside as the tokens, which has to be whole; `iret.narrow` lowers it in a trained model.
     `scored_blocks` is how many of a stage's last blocks the class row is read in; the column mean is read in the last alone.
     A model of S stages lifts each patch over S - 1 levels, so `patch_size` is divisible by 2^(S - 1).
     """
@@ -36,7 +38,7 @@ class Shape:
     embed_dims: tuple[int, ...]
     depths: tuple[int, ...]
     head_dim: int = 32
-    mlp_ratio: int = 4
+    mlp_ratio: int | float = 4
     lifting: str = "linear"
     importance: str = "cls"
     scored_blocks: int = 2
@@ -69,9 +71,14 @@ class Shape:
         ):
             if value not in names:
                 raise ValueError(f"{what}={value!r} is unknown; choose from {', '.join(names)}.")
-        for name, least in (("in_chans", 1), ("num_classes", 0), ("mlp_ratio", 1), ("scored_blocks", 1)):
+        for name, least in (("in_chans", 1), ("num_classes", 0), ("scored_blocks", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        if not 0 < self.mlp_ratio < math.inf or any(self.mlp_ratio * dim % 1 for dim in self.embed_dims):
+            raise ValueError(
+                f"mlp_ratio={self.mlp_ratio:g} must be above 0 and make MLPs of whole widths of embed_dims={self.embed_dims}; "
+                f"multiples of 1/{self.head_dim} do."
+            )
 
     def __hash__(self) -> int:
         return self._hash
@@ -111,6 +118,10 @@ class Shape:
         """Patches that always stay: 8 of 196, never fewer than 4."""
         return max(4, self.num_patches // 24)
 
+    def mlp_dim(self, stage: int) -> int:
+        """Channels inside an MLP of `stage`."""
+        return int(self.mlp_ratio * self.embed_dims[stage])
+
     def side(self, level: int) -> int:
         """Pixels along one side of a patch's approximation after `level` lifting levels."""
         return self.patch_size // 2**level
@@ -147,12 +158,12 @@ def detail_macs(shape: Shape, level: int) -> int:
 def block_macs(shape: Shape, stage: int, tokens: Count) -> Count:
     """One block of `stage` on `tokens` tokens, the class token included."""
     dim = shape.embed_dims[stage]
-    return (4 + 2 * shape.mlp_ratio) * tokens * dim * dim + 2 * tokens * tokens * dim
+    return 4 * tokens * dim * dim + 2 * tokens * tokens * dim + mlp_macs(shape, stage, tokens)
 
 
 def mlp_macs(shape: Shape, stage: int, tokens: Count) -> Count:
     """The MLP of one block of `stage`."""
-    return 2 * shape.mlp_ratio * tokens * shape.embed_dims[stage] ** 2
+    return 2 * tokens * shape.embed_dims[stage] * shape.mlp_dim(stage)
 
 
 def scoring_macs(shape: Shape, stage: int, tokens: Count) -> Count:
@@ -271,7 +282,7 @@ def numbers_moved(shape: Shape, kept: Sequence[int], refined: Sequence[int] | No
     for stage, patches in enumerate(kept):
         dim = shape.embed_dims[stage]
         total += shape.depths[stage] * 6 * (patches + 1) * dim  # attention's
-        total += (2 + 2 * shape.mlp_ratio) * _mlp_tokens(shape, kept, stage, scored) * dim
+        total += 2 * _mlp_tokens(shape, kept, stage, scored) * (dim + shape.mlp_dim(stage))
         if shape.num_classes:
             total += dim * shape.num_classes + dim + shape.num_classes
         if stage:
@@ -288,8 +299,9 @@ def block_linears(shape: Shape, kept: Sequence[int], *, scored: bool) -> tuple[i
     """(weights, MACs) of the linear layers of the blocks, which `iret.precision` may round to int8, as `numbers_moved` counts."""
     weights = work = 0
     for stage, (dim, depth, patches) in enumerate(zip(shape.embed_dims, shape.depths, kept, strict=False)):
-        weights += depth * (4 + 2 * shape.mlp_ratio) * dim**2
-        work += (4 * depth * (patches + 1) + 2 * shape.mlp_ratio * _mlp_tokens(shape, kept, stage, scored)) * dim**2
+        weights += depth * (4 * dim**2 + 2 * dim * shape.mlp_dim(stage))
+        work += 4 * depth * (patches + 1) * dim**2
+        work += mlp_macs(shape, stage, _mlp_tokens(shape, kept, stage, scored))
     return weights, work
 
 

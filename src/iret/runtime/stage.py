@@ -12,7 +12,7 @@ import numpy as np
 
 from iret.runtime.bundle import Bundle, GraphFile
 from iret.runtime.choice import Layout, to_starts
-from iret.runtime.cost import Shape, numbers_moved, stage_macs
+from iret.runtime.cost import Shape, mlp_macs, numbers_moved, stage_macs
 from iret.runtime.engines import Graph
 
 MASKED = -1e9  # of a padded key: its weight is exactly 0, and no engine makes NaN of it
@@ -125,9 +125,9 @@ class Stage:
             return [np.zeros(1, np.int64)]
         if self._index == 0 or counts.min() == counts.max():
             return np.split(np.arange(batch), range(limit, batch, limit))
-        moved, before = partial(numbers_moved, self._shape, scored=True), self._shape.embed_dims[self._index - 1]
+        moved, before = partial(numbers_moved, self._shape, scored=True), self._index - 1
         # and those of the last MLP of the stage before, for the tokens that stay
-        weights = moved([0] * (self._index + 1)) - moved([0] * self._index) + 2 * self._shape.mlp_ratio * before**2
+        weights = moved([0] * (self._index + 1)) - moved([0] * self._index) + mlp_macs(self._shape, before, 1)
         widths = np.array([self._width(int(count)) for count in counts])
         return group_by_count(widths, self._macs[widths - 1], float(MACS_A_WEIGHT * weights), limit)
 

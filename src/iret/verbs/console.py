@@ -62,6 +62,13 @@ def check_folder(path: Path, option: str = "--out") -> None:
         raise ValueError(f"{path} cannot be written: {there} is closed to this user; name another with {option}.")
 
 
+def check_unused(folder: Path) -> None:
+    """Raises ValueError for a folder that holds anything, or could not be made or written into."""
+    check_folder(folder)
+    if there := sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []:
+        raise ValueError(f"{folder} holds a {there[0]} already; name a new folder with --out.")
+
+
 def check_above_zero(args: argparse.Namespace, *names: str) -> None:
     """Raises ValueError for an option that was given and is no finite number above 0."""
     for name in names:

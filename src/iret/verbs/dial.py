@@ -15,6 +15,7 @@ from iret.verbs.console import (
     check_folder,
     check_idle_watts,
     check_picture,
+    check_unused,
     choose_meter,
     explain_rate,
     fail,
@@ -221,7 +222,7 @@ def _print_points(points, table) -> None:
 def do_bench(args: argparse.Namespace) -> int:
     import torch
 
-    from iret.bench import bench, check_unused, save
+    from iret.bench import bench, save
     from iret.doctor import describe_device
     from iret.measure.latency import pin_threads
     from iret.precision import prepare
@@ -229,7 +230,6 @@ def do_bench(args: argparse.Namespace) -> int:
     from iret.zoo import create_model, load
 
     if args.out:
-        check_folder(Path(args.out))
         check_unused(Path(args.out))
     device = check_device(args.device)
     set_threads(args.threads)

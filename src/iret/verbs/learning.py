@@ -1,4 +1,4 @@
-"""`train`, `eval`, `card`: how a model is made and what it scores."""
+"""`train`, `eval`, `narrow`, `card`: how a model is made and what it scores."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from iret.verbs.console import (
     check_counts,
     check_device,
     check_folder,
+    check_unused,
     fail,
     open_data,
     print_table,
@@ -119,6 +120,76 @@ def do_evaluate(args: argparse.Namespace) -> int:
         ],
     )
     return 0
+
+
+def do_narrow(args: argparse.Namespace) -> int:
+    from iret.evaluate import check_classes
+    from iret.narrow import narrow
+    from iret.zoo import load
+
+    out = Path(args.out)
+    check_unused(out)
+    set_threads(args.threads)
+    check_counts(args, "max_images")
+    model = load(args.model).to(check_device(args.device))
+    data, held_out = (open_data(args, split, model) for split in ("train", "val"))
+    check_classes(model, held_out)
+    narrowed = narrow(model, _read_images(args, model, data), args.mlp_ratio)
+    narrowed.save_pretrained(out)  # before it is checked: a held-out image that cannot be read is no reason to lose it
+    num_images, rows = _compare(args, model, narrowed, held_out)
+    if args.json:
+        print(json.dumps({"out": args.out, "num_images": num_images, "rows": rows}))
+        return 0
+    sizes = [sum(weight.numel() for weight in each.parameters()) / 1e6 for each in (model, narrowed)]
+    say(
+        f"MLPs {model.shape.mlp_ratio:g} times as wide as their tokens, and now {args.mlp_ratio:g} times: {sizes[0]:.2f} and "
+        f"{sizes[1]:.2f} million parameters"
+    )
+    say(f"on {num_images} held-out images; MACs as shares of the full run of {args.model}")
+    print_table(
+        ("threshold", "MACs", "narrowed", "top-1", "narrowed"),
+        [
+            (f"{threshold:g}", *(f"{part:.1%}" for part in (*row["macs_share"], *row["accuracy"])))
+            for threshold, row in rows.items()
+        ],
+    )
+    again = shlex.join(["iret", "calibrate", args.out, "--data", args.data])
+    say(f"written: {out}; it has no operating points yet, which --budget needs: {again}")
+    return 0
+
+
+def _read_images(args: argparse.Namespace, model, data):
+    """The first --max-images of a shuffled training set, in batches, as the model takes them."""
+    from iret.train.data import make_loader
+
+    left = args.max_images
+    for pixels, *_ in make_loader(data, 100, seed=0, epoch=0, shuffle=True, workers=args.workers, drop_last=False):
+        if len(pixels):
+            yield model.normalise(pixels[:left].to(model.pos_embed.device).float() / 255)
+        left -= len(pixels)
+        if left <= 0:
+            return
+
+
+def _compare(args: argparse.Namespace, model, narrowed, data) -> tuple[int, dict[float, dict[str, list[float]]]]:
+    """How many images were seen, and by threshold what both give: MACs as shares of the first one's full run, and accuracy."""
+    from iret.evaluate import evaluate
+    from iret.narrow import LOOKS
+    from iret.runtime.cost import full_macs
+    from iret.runtime.points import Setting
+
+    settings, full = [Setting(thresholds=threshold) for threshold in LOOKS], full_macs(model.shape)
+    scores = [
+        evaluate(each, data, settings, max_images=args.max_images, workers=args.workers) for each in (model, narrowed)
+    ]
+    rows = {
+        both[0].setting.thresholds: {
+            "macs_share": [score.macs_mean / full for score in both],
+            "accuracy": [score.accuracy for score in both],
+        }
+        for both in zip(*scores, strict=True)
+    }
+    return scores[0][0].num_images, rows
 
 
 def do_card(args: argparse.Namespace) -> int:
