@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PICTURES = {"tradeoff.png": "tradeoff.png", "digits.png": "focus.png"}  # in demo/ -> in docs/
 TIMINGS = {
-    "README.md": ("speed", "engines", "precision", "batch", "block", "bundle"),
+    "README.md": ("speed", "engines", "precision", "channels", "batch", "block", "bundle"),
     "docs/export.md": ("load", "deadline"),
     "docs/serve.md": ("serve",),
     "docs/gpu.md": ("gpu", "fixed-counts"),

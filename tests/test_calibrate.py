@@ -20,6 +20,7 @@ from iret.calibrate import (
     Course,
     Memory,
     calibrate,
+    explain_noise,
     fingerprint,
     keep_clocks,
     read_memory,
@@ -28,7 +29,7 @@ from iret.evaluate import evaluate
 from iret.model import Iret
 from iret.precision import prepare
 from iret.runtime.cost import Shape, full_macs, plan_macs
-from iret.runtime.points import DeviceTable, OperatingPoints, Point, Setting
+from iret.runtime.points import DeviceTable, OperatingPoints, Plan, Point, Setting
 from iret.train.data import ImageData
 
 NUM_IMAGES = 48
@@ -332,6 +333,28 @@ def test_a_search_file_is_read_up_to_the_line_that_a_kill_cut_off(tmp_path):
 
 
 # ---- clocks that were measured before
+
+
+def test_the_noise_is_that_of_means_over_so_many_images():
+    """A half of 396 answers: 1.96 sqrt(1/4 / 400)."""
+    model = make_model()
+    shape, full = model.shape, full_macs(model.shape)
+    deep = (shape.num_patches,) * len(shape.depths)
+    plans = (Plan(deep, deep), Plan((shape.num_patches,), (shape.num_patches,)))
+    costs = np.array([plan_macs(shape, plan.kept, plan.refined, scored=True) for plan in plans])
+    all_of_it = Point(
+        thresholds=((0.0, 0.0),) * 2,
+        accuracy=0.9,
+        macs_mean=float(full),
+        macs_p95=float(full),
+        kept_mean=tuple(map(float, deep)),
+    )
+    half = replace(all_of_it, thresholds=((1.0, 1.0),) * 2, accuracy=0.5, macs_mean=full / 2, plans=plans)
+    said = explain_noise(OperatingPoints(data="d", num_images=396, full_macs=full, points=(all_of_it, half)), shape)
+    assert said == (
+        "2 operating points on 396 held-out images, which tell accuracy to some 4.9 points and "
+        f"MACs to some {196 * costs.std() / costs.mean() / 396**0.5:.1f} %"
+    )
 
 
 def make_table(accuracy: float, *devices: str) -> OperatingPoints:

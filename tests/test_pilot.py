@@ -1,11 +1,14 @@
 """The controller at work: what the sensors say reaches it, and what it decides is a budget the model can serve."""
 
+import random
+from dataclasses import replace
+
 import pytest
 
 from iret.measure.battery import Battery
-from iret.measure.energy import EnergyError
-from iret.pilot import Pilot
-from iret.runtime.controller import Goal, Menu
+from iret.measure.energy import EnergyError, EnergyMeter
+from iret.pilot import HOLD, WORK_SHARE, Pilot, _LiveMeter
+from iret.runtime.controller import Decision, Goal, Menu
 
 MENU = Menu(
     budget=(0.2, 0.5, 1.0),
@@ -111,3 +114,141 @@ def test_heat_is_read_only_where_there_is_a_cap():
     Pilot(MENU, Goal(deadline_ms=20.0), thermometer=never, clock=lambda: 0.0).next()
     hot = Pilot(MENU, Goal(max_celsius=60.0), thermometer=lambda: 80.0, clock=lambda: 0.0)
     assert [hot.next() for _ in range(3)][-1].budget == 0.2
+
+
+class World:
+    """A device that draws `idle_w`, give or take `wobble` of it from second to second, and takes `times` what the menu says."""
+
+    def __init__(self, *, idle_w: float = 1.0, wobble: float = 0.0, times: float = 1.0) -> None:
+        self.time_s, self.joules, self.idle_w, self.wobble, self.times = 0.0, 0.0, idle_w, wobble, times
+        self.draw = random.Random(0)
+
+    def wait(self, time_s: float, work_joules: float = 0.0) -> None:
+        self.time_s += time_s
+        self.joules += self.idle_w * (1 + self.wobble * self.draw.uniform(-1, 1)) * time_s + self.times * work_joules
+
+
+class WorldMeter(EnergyMeter):
+    """Sees all that the device takes; `trouble`: raised in place of the next start or reading."""
+
+    def __init__(self, world: World, resolution_s: float = 0.1) -> None:
+        super().__init__("made up", "device", resolution_s=resolution_s)
+        self.world, self.windows, self.is_cancelled = world, [], False
+        self.trouble: dict[str, Exception] = {}
+
+    def _begin(self) -> None:
+        if "start" in self.trouble:
+            raise self.trouble.pop("start")
+        self._from = (self.world.joules, self.world.time_s)
+
+    def _end(self) -> tuple[float, float]:
+        if "stop" in self.trouble:
+            raise self.trouble.pop("stop")
+        joules, time_s = self.world.joules - self._from[0], self.world.time_s - self._from[1]
+        self.windows.append(time_s)
+        return joules, time_s
+
+    def _abandon(self) -> None:
+        self.is_cancelled = True
+
+
+def fly(
+    world: World, meter: EnergyMeter | None, *, images: int, every_s: float, battery_joules: float
+) -> list[Decision]:
+    """So many images, evenly in time, without a gauge."""
+    goal = Goal(hours=images * every_s / 3600, images_per_second=1 / every_s, burst=1.0, battery_joules=battery_joules)
+    menu = replace(MENU, idle_watts=world.idle_w)
+    pilot = Pilot(menu, goal, battery=lambda: None, clock=lambda: world.time_s, meter=meter, idle_watts=world.idle_w)
+    decisions = []
+    for _ in range(images):
+        decisions.append(pilot.next())
+        world.wait(every_s, menu.read("joules", decisions[-1].budget))
+        pilot.note(0.01)
+    pilot.close()
+    return decisions
+
+
+def test_a_device_dearer_than_its_table_is_read_off_the_meter_and_the_battery_lasts_without_a_gauge():
+    enough = dict(images=2000, every_s=0.1, battery_joules=2000 * (0.1 + 0.08))
+    without, world = World(times=2.0), World(times=2.0)
+    fly(without, None, **enough)
+    assert without.joules > 1.05 * enough["battery_joules"]  # nobody noticed
+    meter = WorldMeter(world)
+    decisions = fly(world, meter, **enough)
+    assert world.joules < 1.001 * enough["battery_joules"]  # the first window's images were reckoned by the table
+    assert decisions[0].budget > 0.7
+    assert decisions[1000].budget == pytest.approx(0.4, abs=0.04)  # 0.04 J, which are 0.08 here
+    assert len(meter.windows) > 100
+    assert meter.is_cancelled
+
+
+@pytest.mark.parametrize("wobble", [0.0, 0.02])
+def test_a_wobble_of_the_idle_power_does_not_make_images_dear(wobble):
+    """5 W idle, and windows whose net is over as often as under what the work took."""
+    world = World(idle_w=5.0, wobble=wobble)
+    meter = WorldMeter(world)
+    live = _LiveMeter(meter, 5.0, lambda: world.time_s)
+    live.read(0.0, [])
+    ratios = []
+    for _ in range(2000):
+        world.wait(0.05, 0.1)
+        joules = live.read(0.1, [])
+        ratios += [] if joules is None else [joules / 0.1]
+    assert sum(ratios) / len(ratios) == pytest.approx(1.0, abs=1e-6 + wobble / 4)
+    assert max(ratios) <= 1 + wobble / WORK_SHARE + 1e-6
+
+
+def test_images_too_rare_to_stand_out_are_never_read_off_the_meter():
+    world = World(idle_w=5.0, wobble=0.01)
+    meter = WorldMeter(world)
+    decisions = fly(world, meter, images=500, every_s=1.0, battery_joules=500 * (5 + 0.06))
+    assert meter.windows == []
+    assert decisions == fly(World(idle_w=5.0), None, images=500, every_s=1.0, battery_joules=500 * (5 + 0.06))
+
+
+def test_a_window_is_not_read_before_the_meter_can_be_trusted():
+    world = World(idle_w=0.0)
+    meter = WorldMeter(world, resolution_s=1.0)
+    fly(world, meter, images=100, every_s=0.1, battery_joules=10.0)
+    assert 5 <= len(meter.windows) <= 9
+    assert min(meter.windows) > 1.0
+
+
+def test_what_a_window_gave_is_forgotten_when_images_become_rare():
+    world = World(times=3.0)
+    live = _LiveMeter(WorldMeter(world), 1.0, lambda: world.time_s)
+    live.read(0.0, [])
+    for _ in range(20):
+        world.wait(0.1, 0.1)
+        known = live.read(0.1, [])
+    assert known == pytest.approx(0.3)
+    for _ in range(HOLD):
+        world.wait(0.5, 0.001)
+        live.read(0.001, [])
+    assert live.read(0.001, []) is None
+
+
+def test_a_meter_that_fails_is_named_and_the_next_window_is_read_all_the_same():
+    world = World(idle_w=0.5)
+    meter, failed = WorldMeter(world), []
+    live = _LiveMeter(meter, 0.5, lambda: world.time_s)
+    meter.trouble["start"] = EnergyError("the meter is gone.")
+    assert live.read(0.0, failed) is None
+    assert failed == ["the meter is gone."]
+    for trouble in (None, EnergyError("the counter was reset."), OSError("unplugged")):
+        if trouble:
+            meter.trouble["stop"] = trouble
+        known = []
+        for _ in range(6):
+            world.wait(0.06, 0.1)
+            known.append(live.read(0.1, failed))
+        assert known[-1] == pytest.approx(0.1)
+    assert failed == ["the meter is gone.", "the counter was reset.", "unplugged"]
+
+
+def test_without_hours_to_last_no_meter_is_read():
+    meter = WorldMeter(World())
+    meter.trouble["start"] = AssertionError("the meter was started")
+    pilot = Pilot(MENU, Goal(deadline_ms=20.0), meter=meter, clock=lambda: 0.0)
+    pilot.next()
+    pilot.close()

@@ -30,7 +30,7 @@ from iret.clock import Say
 from iret.evaluate import check_classes
 from iret.model import Iret
 from iret.output import Output
-from iret.runtime.cost import coefficients, full_macs, macs
+from iret.runtime.cost import Shape, coefficients, full_macs, macs, plan_macs
 from iret.runtime.points import OperatingPoints, Plan, Point, frontier
 from iret.train.data import ImageData, make_loader
 from iret.weights import to_safetensors, write_atomically
@@ -181,6 +181,21 @@ def keep_clocks(found: OperatingPoints, before: OperatingPoints | None, device: 
             f"the points are new, so their clocks elsewhere are dropped; measure again with --device-only: {'; '.join(lost)}"
         )
     return found
+
+
+def explain_noise(points: OperatingPoints, shape: Shape) -> str:
+    """How many, and how surely other images will give what these gave, to 95 %: what is left is the draw of the images."""
+    images = points.num_images
+    rates = [(point.accuracy * images + 2) / (images + 4) for point in points.points]  # Agresti and Coull's interval
+    unsure = 196 * max((rate * (1 - rate) / (images + 4)) ** 0.5 for rate in rates)
+    spread = 0.0  # of an image's MACs, as a share of their mean
+    for point in points.points:
+        spent = [plan_macs(shape, plan.kept, plan.refined, scored=not point.keeps_all) for plan in point.plans]
+        spread = max(spread, float(np.std(spent) / np.mean(spent))) if spent else spread
+    return (
+        f"{len(points.points)} operating points on {images} held-out images, which tell accuracy to some {unsure:.1f} points and "
+        f"MACs to some {196 * spread / images**0.5:.1f} %"
+    )
 
 
 def _search(meter: "_Meter", memory: Memory, trials: int, say: Say) -> Course:

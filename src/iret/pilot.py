@@ -9,17 +9,23 @@ from dataclasses import replace
 from typing import TypeVar
 
 from iret.measure.battery import Battery, read_battery
-from iret.measure.energy import EnergyError
+from iret.measure.energy import EnergyError, EnergyMeter
 from iret.measure.sysfs import read_temperature
 from iret.runtime.controller import Controller, Decision, Goal, Menu, Reading
 
 T = TypeVar("T")
 
+# Of the idle energy in a window of the meter, before images are read off it: a wobble of the idle power by 1 % moves what is
+# read by 5 %, up as well as down.
+WORK_SHARE = 0.2
+HOLD = 10  # times its own length that a window is believed, until another has ended
+
 
 class Pilot:
-    """Asks for a decision an image, or a batch.
+    """Asks for a decision an image, or a batch; `close` it in the end.
 
-    Sensors can be replaced, as tests do; one that fails is named in `Decision.doubts`.
+    Sensors can be replaced, as tests do; one that fails is named in `Decision.doubts`. `meter`: the one that the menu's joules
+    were measured with, net of `idle_watts`; where images add enough to that, what they take is read off it as they come.
     """
 
     def __init__(
@@ -30,10 +36,14 @@ class Pilot:
         battery: Callable[[], Battery | None] = read_battery,
         thermometer: Callable[[], float | None] = read_temperature,
         clock: Callable[[], float] = time.monotonic,
+        meter: EnergyMeter | None = None,
+        idle_watts: float = 0.0,
     ) -> None:
-        self._controller, self._goal = Controller(menu, goal), goal
+        self._controller, self._goal, self._menu = Controller(menu, goal), goal, menu
         self._battery, self._thermometer, self._clock = battery, thermometer, clock
+        self._meter = None if meter is None or goal.hours is None else _LiveMeter(meter, idle_watts, clock)
         self._answered, self._time_s = 0, 0.0
+        self._each = 0.0  # joules that the menu puts at an image of the last decision
 
     def next(self, images: int = 1) -> Decision:
         """For the next images, from what the sensors say now and what was noted since the last call."""
@@ -45,17 +55,72 @@ class Pilot:
                 images=self._answered,
                 battery_joules=None if battery is None else battery.joules,
                 battery_share=None if battery is None or battery.percent is None else battery.percent / 100,
+                joules=None if self._meter is None else self._meter.read(self._answered * self._each, failed),
                 ms=1e3 * self._time_s / self._answered if self._answered else None,
                 celsius=_ask(self._thermometer, failed) if self._goal.max_celsius is not None else None,
             ),
             images,
         )
         self._answered, self._time_s = 0, 0.0
+        if self._meter is not None:
+            self._each = self._menu.read("joules", decision.budget)
         return replace(decision, doubts=(*failed, *decision.doubts))
 
     def note(self, time_s: float, images: int = 1) -> None:
         """So many images were answered, in so many seconds all together."""
         self._answered, self._time_s = self._answered + images, self._time_s + time_s
+
+    def close(self) -> None:
+        """Let go of the meter."""
+        if self._meter is not None:
+            self._meter.close()
+
+
+class _LiveMeter:
+    """What images take over what the menu puts at them, read off a meter of the whole device while they are answered.
+
+    A window stays open over as many images as it takes for their work to stand out of the idle power; what it gave holds
+    until the next has ended, or for `HOLD` times its length. Images that come too rarely end none, and the gauge corrects.
+    """
+
+    def __init__(self, meter: EnergyMeter, idle_watts: float, clock: Callable[[], float]) -> None:
+        self._meter, self._idle_watts, self._clock = meter, idle_watts, clock
+        self._is_open, self._opened_s, self._holds_s = False, 0.0, 0.0
+        self._predicted = 0.0  # joules, in this window
+        self._ratio: float | None = None
+
+    def read(self, predicted: float, failed: list[str]) -> float | None:
+        """Joules of images that the menu puts at `predicted`, answered since the last call; None where nothing is known."""
+        self._predicted += predicted
+        passed_s = self._clock() - self._opened_s
+        if passed_s > self._holds_s:
+            self._ratio = None
+        work = self._predicted > WORK_SHARE * self._idle_watts * passed_s
+        if self._is_open and work and passed_s > self._meter.resolution_s:
+            self._holds_s = HOLD * passed_s
+            self._end(failed)
+        if not self._is_open:
+            self._begin(failed)
+        return None if self._ratio is None or not predicted else self._ratio * predicted
+
+    def close(self) -> None:
+        self._meter.cancel()
+
+    def _begin(self, failed: list[str]) -> None:
+        try:
+            self._meter.start()
+        except (EnergyError, OSError) as error:
+            self._ratio = None
+            failed.append(str(error))
+            return
+        self._is_open, self._opened_s, self._predicted = True, self._clock(), 0.0
+
+    def _end(self, failed: list[str]) -> None:
+        self._is_open, self._ratio = False, None
+        try:
+            self._ratio = self._meter.stop().minus_idle(self._idle_watts).joules / self._predicted
+        except (EnergyError, OSError) as error:  # also if the device took less than it does idle
+            failed.append(str(error))
 
 
 def _ask(sensor: Callable[[], T | None], failed: list[str]) -> T | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from PIL import Image
 import iret
 from iret import cli
 from iret.measure.battery import Battery
+from iret.measure.energy import PowerMeter
 from iret.pilot import Pilot
 from iret.predict import predict as predict_one
+from iret.runtime.controller import Controller
 from iret.runtime.cost import full_macs
 from iret.runtime.points import OperatingPoints, Point
 from models import made_up_clock
@@ -172,3 +175,58 @@ def test_a_bundle_is_refused_with_what_runs_it(photo, capsys):
     assert cli.main(["predict", photo, "--model", "bundle"]) == 2
     said = capsys.readouterr().err
     assert re.fullmatch(r"iret: bundle is an exported bundle, .*`iret serve bundle`, and time it with .*\.\n", said)
+
+
+def metered(source: str, kind: str = "measured") -> None:
+    """The model in m has joules of that source."""
+    model = iret.load("m")
+    table = replace(model.points.devices[0], energy_source=source, energy_kind=kind, idle_watts=2.0)
+    model.points = model.points.with_device(table)
+    model.save_pretrained(Path("m"))
+
+
+BATTERY = ("--battery", "1", "--rate", "1", "--battery-wh", "5")
+
+
+def test_the_meter_of_the_table_is_read_while_images_come_and_let_go(photo, monkeypatch, capsys):
+    power, opened = [2.0], []
+    meter = PowerMeter("made up:0", "device", lambda: power[0], period_s=1.0, resolution_s=0.0, is_threaded=False)
+    monkeypatch.setattr("iret.measure.sources.open_meter", lambda name: opened.append(name) or meter)
+    metered("made up:0")
+    seen = []
+    decide = Controller.decide
+    monkeypatch.setattr(
+        Controller, "decide", lambda self, reading, images: seen.append(reading.joules) or decide(self, reading, images)
+    )
+    power[0] = 2e4  # so that images stand out, however long they take here
+    assert predict(*[photo] * 6, *BATTERY, "--json") == 0
+    assert opened == ["made up:0"]
+    assert seen[0] is None
+    assert any(joules is not None and joules > 0 for joules in seen)
+    meter.start()  # no window was left open
+    meter.cancel()
+    with pytest.raises(SystemExit, match="7"):
+        monkeypatch.setattr("iret.predict.predict", lambda *_, **__: sys.exit(7))
+        predict(photo, *BATTERY)
+    meter.start()
+
+
+def test_a_meter_that_is_gone_is_said_and_the_answers_go_on(photo, capsys):
+    metered("rapl:package-77")
+    assert predict(photo, *BATTERY) == 0
+    assert (
+        "the table's joules were measured by rapl:package-77, which is not read here now: " in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(("source", "kind"), [("rapl:package-0", "estimated"), ("battery:BAT0", "measured")])
+def test_no_meter_is_read_beside_estimates_or_the_gauge_itself(photo, monkeypatch, source, kind):
+    monkeypatch.setattr("iret.measure.sources.open_meter", lambda name: pytest.fail(f"{name} was opened"))
+    metered(source, kind)
+    assert predict(photo, *BATTERY) == 0
+
+
+def test_only_a_battery_asks_for_the_meter(photo, monkeypatch):
+    monkeypatch.setattr("iret.measure.sources.open_meter", lambda name: pytest.fail(f"{name} was opened"))
+    metered("rapl:package-0")
+    assert predict(photo, "--deadline", "100") == 0

@@ -47,6 +47,7 @@ def do_calibrate(args: argparse.Namespace) -> int:
         return _calibrate_bundle(args)
     if args.engine is not None:
         raise ValueError(f"--engine is of a bundle, and {args.model} is none; a model runs on torch.")
+    from iret.calibrate import explain_noise
     from iret.classifier import read_points
     from iret.clock import measure_device
     from iret.draw import draw_search
@@ -92,16 +93,8 @@ def do_calibrate(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(loaded.points)))
         return 0
     _print_points(loaded.points, table)
-    say(f"{_explain_noise(points)}: {folder / FILE_NAME}")
+    say(f"{explain_noise(points, loaded.shape)}: {folder / FILE_NAME}")
     return 0
-
-
-def _explain_noise(points) -> str:
-    """How many operating points, and how surely their accuracies are told apart."""
-    images = points.num_images
-    rates = [(point.accuracy * images + 2) / (images + 4) for point in points.points]  # Agresti and Coull's interval
-    unsure = 196 * max((rate * (1 - rate) / (images + 4)) ** 0.5 for rate in rates)
-    return f"{len(points.points)} operating points on {images} held-out images, which tell accuracy to some {unsure:.1f} points"
 
 
 def _holds_copy(args: argparse.Namespace, model, there) -> bool:

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,8 +33,10 @@ def do_predict(args: argparse.Namespace) -> int:
     set_threads(args.threads)
     model, context = prepare(load(args.model).to(check_device(args.device)), args.precision)
     predictions, decisions, pictures, bad = [], [], [], []
-    with context:
+    with context, ExitStack() as at_last:
         pilot, on_goals = _start_pilot(args, model)
+        if pilot:
+            at_last.callback(pilot.close)
         setting, chosen = _read_setting(args, model)
         warm_up(model, setting)
         for path in args.images:
@@ -164,8 +167,24 @@ def _start_pilot(args: argparse.Namespace, model):
         raise ValueError(f"{args.model} has no operating points to choose from; run `iret calibrate` first.")
     goal = Goal(**goals, battery_joules=None if args.battery_wh is None else 3600 * args.battery_wh)
     device = describe_device(model.pos_embed.device, model.precision)
-    menu = model.points.menu(device, args.idle_watts)
-    return Pilot(menu, goal), [] if args.rate is None else explain_rate(args.rate, device, menu.ms)
+    menu, table = model.points.menu(device, args.idle_watts), model.points.table_of(device)
+    notes = [] if args.rate is None else explain_rate(args.rate, device, menu.ms)
+    meter = None if args.battery is None else _open_meter_of(table, notes)
+    return Pilot(menu, goal, meter=meter, idle_watts=table.idle_watts), notes
+
+
+def _open_meter_of(table, notes: list[str]):
+    """The meter that a table's joules were measured with; None, and a note, where there is none to read while images come."""
+    from iret.measure.energy import EnergyError
+    from iret.measure.sources import open_meter
+
+    if table.energy_kind != "measured" or table.energy_source.startswith("battery"):  # the gauge is read all the same
+        return None
+    try:
+        return open_meter(table.energy_source)
+    except EnergyError as error:
+        notes.append(f"the table's joules were measured by {table.energy_source}, which is not read here now: {error}")
+        return None
 
 
 def _print_predictions(predictions) -> None:
