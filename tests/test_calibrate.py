@@ -352,8 +352,8 @@ def test_the_noise_is_that_of_means_over_so_many_images():
     half = replace(all_of_it, thresholds=((1.0, 1.0),) * 2, accuracy=0.5, macs_mean=full / 2, plans=plans)
     said = explain_noise(OperatingPoints(data="d", num_images=396, full_macs=full, points=(all_of_it, half)), shape)
     assert said == (
-        "2 operating points on 396 held-out images, which tell accuracy to some 4.9 points and "
-        f"MACs to some {196 * costs.std() / costs.mean() / 396**0.5:.1f} %"
+        "2 operating points on 396 held-out images, which tell accuracy to 4.9 points or better and "
+        f"MACs to {196 * costs.std() / costs.mean() / 396**0.5:.1f} %"
     )
 
 

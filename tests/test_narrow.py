@@ -103,7 +103,7 @@ def test_a_channel_that_is_always_the_same_goes_into_the_bias():
 
 def test_what_comes_out_is_a_model_like_any_other_and_the_first_is_as_it_was(tmp_path):
     model = make_model()
-    model.labels = ("a", "b", "c", "d", "e")
+    model.labels, model.name = ("a", "b", "c", "d", "e"), "mine"
     model.preprocessing = replace(model.preprocessing, mean=(0.1, 0.2, 0.3))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     narrowed = narrow(model, images().split(50), 1.5)
@@ -114,25 +114,45 @@ def test_what_comes_out_is_a_model_like_any_other_and_the_first_is_as_it_was(tmp
     narrowed.save_pretrained(tmp_path / "m")
     back = iret.load(tmp_path / "m")
     assert (back.labels, back.preprocessing, back.shape) == (model.labels, model.preprocessing, narrowed.shape)
+    assert (back.name, back.attention) == (model.name, model.attention)
     with torch.no_grad():
         assert torch.equal(back(images(4)), narrowed(images(4)))
     assert full_macs(back.shape) < 0.7 * full_macs(model.shape)
 
 
+@pytest.mark.parametrize("convert", [to_int8, to_onednn])
 @pytest.mark.parametrize("threshold", LOOKS)
-def test_the_smaller_formats_and_dropping_take_it_as_they_take_any(threshold):
+def test_number_formats_and_dropping_take_it_as_they_take_any(threshold, convert):
     narrowed = narrow(make_model(), images().split(50), 2)
     with torch.no_grad():
-        wanted = narrowed.run(images(8), threshold)
-        assert 0 < wanted.macs.float().mean() < (1 if threshold else 1.01) * full_macs(narrowed.shape)
-        for convert, nearness in ((to_int8, 0.1), (to_onednn, 1e-4)):
-            got = convert(narrowed).run(images(8), 0.0)
-            full = narrowed.run(images(8), 0.0)
-            assert (got.logits - full.logits).norm() < nearness * full.logits.norm()
+        wanted, got = (each.run(images(1), threshold) for each in (narrowed, convert(narrowed)))
+    assert torch.equal(got.trace.kept, wanted.trace.kept)
+    assert torch.equal(got.macs, wanted.macs)
+    assert (got.logits - wanted.logits).norm() < (0.1 if convert is to_int8 else 1e-4) * wanted.logits.norm()
+    assert (wanted.macs < full_macs(narrowed.shape)).all() == (threshold > 0)
+
+
+def test_images_are_run_at_all_looks_and_fitted_to_what_passes_each_mlp_there(monkeypatch):
+    """The last stage's tokens are few at the highest threshold; its fit hangs on them."""
+    usual = narrow(make_model(), images().split(50), 1)
+    monkeypatch.setattr("iret.narrow.LOOKS", (0.0,) * 3)
+    whole = narrow(make_model(), images().split(50), 1)
+    model = make_model()
+    assert distance(model, usual, LOOKS[-1]) < 0.9 * distance(model, whole, LOOKS[-1])
+
+
+def test_a_model_that_is_compiled_or_trained_is_fitted_all_the_same_and_goes_on():
+    plain, model = make_model(), make_model()
+    model.compile(backend="eager")
+    model.train()
+    wanted, got = (narrow(each, images().split(50), 2).state_dict() for each in (plain, model))
+    assert model.training
+    assert all(torch.equal(value, wanted[name]) for name, value in got.items())
 
 
 def test_it_learns_on():
-    narrowed = narrow(make_model(), images().split(50), 1).train()
+    with torch.inference_mode():
+        narrowed = narrow(make_model(), images().split(50), 1).train()
     nn.functional.cross_entropy(narrowed(images(8)), torch.arange(8) % 5).backward()
     assert all(mlp.fc1.weight.grad.abs().sum() > 0 for mlp in mlps(narrowed))
 
@@ -145,7 +165,7 @@ def test_it_learns_on():
         (float("nan"), 100, "mlp_ratio=nan takes no channel out"),
         (0, 100, "mlp_ratio=0 must be above 0"),
         (-1, 100, "mlp_ratio=-1 must be above 0"),
-        (0.3, 100, r"whole widths of embed_dims=\(16, 32, 48\); multiples of 1/16 do"),
+        (0.3, 100, r"whole widths of embed_dims=\(16, 32, 48\), as 1 and 2 do"),
         (2, 8, r"\d+ tokens tell too little of an MLP \d+ channels wide, which takes \d+; give more images"),
         (2, 0, "0 tokens tell too little"),
     ],

@@ -184,7 +184,7 @@ def keep_clocks(found: OperatingPoints, before: OperatingPoints | None, device: 
 
 
 def explain_noise(points: OperatingPoints, shape: Shape) -> str:
-    """How many, and how surely other images will give what these gave, to 95 %: what is left is the draw of the images."""
+    """How many there are, and how surely so many images tell what more like them would give: half of the widest 95 % interval."""
     images = points.num_images
     rates = [(point.accuracy * images + 2) / (images + 4) for point in points.points]  # Agresti and Coull's interval
     unsure = 196 * max((rate * (1 - rate) / (images + 4)) ** 0.5 for rate in rates)
@@ -193,8 +193,8 @@ def explain_noise(points: OperatingPoints, shape: Shape) -> str:
         spent = [plan_macs(shape, plan.kept, plan.refined, scored=not point.keeps_all) for plan in point.plans]
         spread = max(spread, float(np.std(spent) / np.mean(spent))) if spent else spread
     return (
-        f"{len(points.points)} operating points on {images} held-out images, which tell accuracy to some {unsure:.1f} points and "
-        f"MACs to some {196 * spread / images**0.5:.1f} %"
+        f"{len(points.points)} operating points on {images} held-out images, which tell accuracy to {unsure:.1f} points or "
+        f"better and MACs to {196 * spread / images**0.5:.1f} %"
     )
 
 

@@ -20,18 +20,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from iret.model import Iret
+from iret.runtime.cost import Shape
 from iret.vit import Mlp, lay_out
 
 LOOKS = (0.0, 0.75, 2.0)  # thresholds that images are run at: which tokens pass an MLP depends on what was dropped
 DAMPING = 1e-3  # of the mean variance of a channel, added to each: keeps the inverse finite and the fit tame
-TOKENS_A_CHANNEL = 10  # seen at least, to fit so many weights
+TOKENS_A_CHANNEL = 10  # seen at least, to fit so many weights; the same image at another threshold counts again
 
 
-@torch.no_grad()  # weights made in inference mode could not learn
+@torch.inference_mode(False)  # weights made in it could not learn
+@torch.no_grad()
 def narrow(model: Iret, images: Iterable[Float[Tensor, "_ C Y X"]], mlp_ratio: int | float) -> Iret:
     """A copy of `model`, in eval mode, whose MLPs are `mlp_ratio` times as wide inside as their tokens, without operating points.
 
-    `images`: batches as the model takes them, some hundred images, of those that it was trained on; run at several thresholds.
+    `images`: batches as the model takes them, on its device, of those that it was trained on: a thousand images for a model of
+    8 million parameters or less. They are run at several thresholds, once each; all MLPs are fitted to what the whole model does.
 
     Raises:
         ValueError: a ratio that is not below the model's or gives no whole widths, too few images, images that do not fit, or a
@@ -44,9 +47,10 @@ def narrow(model: Iret, images: Iterable[Float[Tensor, "_ C Y X"]], mlp_ratio: i
             f"mlp_ratio={mlp_ratio:g} takes no channel out: this model's is {model.shape.mlp_ratio:g}; ask for less."
         )
     shape = replace(model.shape, mlp_ratio=mlp_ratio)
-    seen = _observe(model, images)
-    state = model.state_dict()
-    for name, mlp in _mlps(model).items():
+    whole = _copy(model, model.shape, model.state_dict())  # hooks see nothing of compiled parts
+    seen = _observe(whole, images)
+    state = whole.state_dict()
+    for name, mlp in _mlps(whole).items():
         kept, weight, bias = _solve(mlp, seen[mlp.fc2], int(mlp_ratio * mlp.fc1.in_features))
         new = {
             "fc1.weight": mlp.fc1.weight[kept],
@@ -55,11 +59,16 @@ def narrow(model: Iret, images: Iterable[Float[Tensor, "_ C Y X"]], mlp_ratio: i
             "fc2.bias": bias,
         }
         state |= {f"{name}.{part}": value for part, value in new.items()}
-    narrowed = Iret(shape, attention=model.attention, name=model.name).to(model.pos_embed.device)
-    narrowed.load_state_dict(state)
-    narrowed.preprocessing, narrowed.labels = model.preprocessing, model.labels
-    lay_out(narrowed)
-    return narrowed.eval()
+    return _copy(model, shape, state)
+
+
+def _copy(model: Iret, shape: Shape, state: dict[str, Tensor]) -> Iret:
+    """The model with other weights, in eval mode."""
+    copy = Iret(shape, attention=model.attention, name=model.name).to(model.pos_embed.device)
+    copy.load_state_dict(state)
+    copy.preprocessing, copy.labels = model.preprocessing, model.labels
+    lay_out(copy)
+    return copy.eval()
 
 
 def _mlps(model: Iret) -> dict[str, Mlp]:
@@ -68,7 +77,7 @@ def _mlps(model: Iret) -> dict[str, Mlp]:
 
 
 class _Moments:
-    """Of the hidden channels of one MLP, over all tokens that passed it; float64, on the CPU."""
+    """Of the hidden channels of one MLP, over all tokens that passed it: summed up by batches in float64, on the CPU."""
 
     def __init__(self, channels: int) -> None:
         self.count = 0
@@ -97,7 +106,6 @@ class _Moments:
 
 def _observe(model: Iret, images: Iterable[Float[Tensor, "_ C Y X"]]) -> dict[nn.Module, _Moments]:
     """By the second layer of each MLP, what enters it."""
-    model.eval()
     layers = [mlp.fc2 for mlp in _mlps(model).values()]
     seen: dict[nn.Module, _Moments] = {layer: _Moments(layer.in_features) for layer in layers}
     hooks = [layer.register_forward_pre_hook(lambda layer, args: seen[layer].take(args[0])) for layer in layers]

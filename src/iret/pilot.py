@@ -5,6 +5,7 @@ Read first: `runtime.controller`, which decides; `measure`, whose sensors are re
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -18,14 +19,15 @@ T = TypeVar("T")
 # Of the idle energy in a window of the meter, before images are read off it: a wobble of the idle power by 1 % moves what is
 # read by 5 %, up as well as down.
 WORK_SHARE = 0.2
-HOLD = 10  # times its own length that a window is believed, until another has ended
+WINDOW_S = 60.0  # after which a window is given up, with what was idle in it
 
 
 class Pilot:
     """Asks for a decision an image, or a batch; `close` it in the end.
 
     Sensors can be replaced, as tests do; one that fails is named in `Decision.doubts`. `meter`: the one that the menu's joules
-    were measured with, net of `idle_watts`; where images add enough to that, what they take is read off it as they come.
+    were measured with, net of `idle_watts`. Where no gauge says what is left, and images add enough to the idle power, what
+    they take is read off it as they come; a gauge sees all of the device, which a meter may not.
     """
 
     def __init__(
@@ -49,13 +51,15 @@ class Pilot:
         """For the next images, from what the sensors say now and what was noted since the last call."""
         failed: list[str] = []
         battery = _ask(self._battery, failed) if self._goal.hours is not None else None
+        has_gauge = battery is not None and (battery.joules is not None or battery.percent is not None)
+        metered = None if self._meter is None else self._meter.read(self._answered * self._each, failed)
         decision = self._controller.decide(
             Reading(
                 time_s=self._clock(),
                 images=self._answered,
                 battery_joules=None if battery is None else battery.joules,
                 battery_share=None if battery is None or battery.percent is None else battery.percent / 100,
-                joules=None if self._meter is None else self._meter.read(self._answered * self._each, failed),
+                joules=None if has_gauge else metered,
                 ms=1e3 * self._time_s / self._answered if self._answered else None,
                 celsius=_ask(self._thermometer, failed) if self._goal.max_celsius is not None else None,
             ),
@@ -77,50 +81,51 @@ class Pilot:
 
 
 class _LiveMeter:
-    """What images take over what the menu puts at them, read off a meter of the whole device while they are answered.
+    """What images take, read off a meter of the whole device while they are answered.
 
-    A window stays open over as many images as it takes for their work to stand out of the idle power; what it gave holds
-    until the next has ended, or for `HOLD` times its length. Images that come too rarely end none, and the gauge corrects.
+    A window stays open over as many images as it takes for their work to stand out of the idle power, and is shared among them
+    as the menu has it. Images that come too rarely end none.
     """
 
     def __init__(self, meter: EnergyMeter, idle_watts: float, clock: Callable[[], float]) -> None:
         self._meter, self._idle_watts, self._clock = meter, idle_watts, clock
-        self._is_open, self._opened_s, self._holds_s = False, 0.0, 0.0
+        self._is_open, self._opened_s = False, 0.0
         self._predicted = 0.0  # joules, in this window
-        self._ratio: float | None = None
 
     def read(self, predicted: float, failed: list[str]) -> float | None:
-        """Joules of images that the menu puts at `predicted`, answered since the last call; None where nothing is known."""
+        """Joules of images that the menu puts at `predicted`, answered since the last call, if a window ends with them."""
         self._predicted += predicted
-        passed_s = self._clock() - self._opened_s
-        if passed_s > self._holds_s:
-            self._ratio = None
-        work = self._predicted > WORK_SHARE * self._idle_watts * passed_s
-        if self._is_open and work and passed_s > self._meter.resolution_s:
-            self._holds_s = HOLD * passed_s
-            self._end(failed)
+        passed_s, share = self._clock() - self._opened_s, None
+        if self._is_open and passed_s > self._meter.resolution_s:
+            if self._predicted > WORK_SHARE * self._idle_watts * passed_s:
+                share = self._end(failed)
+            elif passed_s > WINDOW_S:
+                self.close()
         if not self._is_open:
             self._begin(failed)
-        return None if self._ratio is None or not predicted else self._ratio * predicted
+        return None if share is None or not predicted else share * predicted
 
     def close(self) -> None:
-        self._meter.cancel()
+        self._is_open = False
+        with suppress(EnergyError, OSError):  # what was open is not needed any more
+            self._meter.cancel()
 
     def _begin(self, failed: list[str]) -> None:
         try:
             self._meter.start()
         except (EnergyError, OSError) as error:
-            self._ratio = None
             failed.append(str(error))
             return
         self._is_open, self._opened_s, self._predicted = True, self._clock(), 0.0
 
-    def _end(self, failed: list[str]) -> None:
-        self._is_open, self._ratio = False, None
+    def _end(self, failed: list[str]) -> float | None:
+        """Joules over what the menu says; None, and a sentence in `failed`, if they cannot be had."""
+        self._is_open = False
         try:
-            self._ratio = self._meter.stop().minus_idle(self._idle_watts).joules / self._predicted
+            return self._meter.stop().minus_idle(self._idle_watts).joules / self._predicted
         except (EnergyError, OSError) as error:  # also if the device took less than it does idle
             failed.append(str(error))
+            return None
 
 
 def _ask(sensor: Callable[[], T | None], failed: list[str]) -> T | None:

@@ -345,7 +345,7 @@ def test_a_shape_survives_json():
         (dict(in_chans=0), "in_chans=0 must be at least 1"),
         (dict(mlp_ratio=0), "mlp_ratio=0 must be above 0"),
         (dict(mlp_ratio=float("inf")), "mlp_ratio=inf must be above 0"),
-        (dict(mlp_ratio=2.3), r"mlp_ratio=2.3 must .* whole widths of embed_dims=\(16, 32, 48\); multiples of 1/16 do"),
+        (dict(mlp_ratio=2.3), r"mlp_ratio=2.3 must .* whole widths of embed_dims=\(16, 32, 48\), as 1 and 2 do"),
         (dict(scored_blocks=0), "scored_blocks=0 must be at least 1"),
         (dict(num_classes=-1), "num_classes=-1 must be at least"),
     ],

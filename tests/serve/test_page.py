@@ -35,7 +35,7 @@ SHAPES = [
     Shape(img_size=(24, 32), patch_size=8, in_chans=1, num_classes=5, embed_dims=(32, 64), depths=(2, 3), mlp_ratio=3),
     Shape(
         img_size=(64, 64), patch_size=8, in_chans=3, num_classes=0, embed_dims=(32, 64, 64, 96), depths=(1, 2, 1, 2),
-        lifting="dawn", importance="column",
+        lifting="dawn", importance="column", mlp_ratio=1.5,
     ),
     Shape(
         img_size=(32, 32), patch_size=4, in_chans=3, num_classes=9, embed_dims=(32, 32, 64), depths=(1, 4, 2), lifting="haar",

@@ -3,10 +3,15 @@
 import json
 
 import pytest
+import torch
 
 import iret
 from iret import cli
+from iret.evaluate import evaluate
+from iret.narrow import LOOKS, narrow
 from iret.runtime.cost import full_macs
+from iret.runtime.points import Setting
+from iret.train.data import make_loader, open_data
 
 NANO = "iret_nano-cluttered-digits"
 
@@ -28,6 +33,18 @@ def test_half_of_the_digits_channels_go_for_little(tmp_path, capsys):
     for row in said["rows"].values():
         assert row["macs_share"][1] < row["macs_share"][0]
         assert row["accuracy"][1] > row["accuracy"][0] - 0.05  # seven images
+    model = iret.load(NANO)
+    held_out, settings = (
+        open_data("cluttered-digits", "val", model.preprocessing),
+        [Setting(thresholds=x) for x in LOOKS],
+    )
+    for place, each in enumerate((model, narrowed)):
+        scores = evaluate(each, held_out, settings, max_images=150)
+        assert [row["accuracy"][place] for row in said["rows"].values()] == [score.accuracy for score in scores]
+    data = open_data("cluttered-digits", "train", model.preprocessing)
+    (batch, *_) = next(iter(make_loader(data, 150, seed=0, epoch=0, shuffle=True, drop_last=False)))
+    same = narrow(model, model.normalise(batch.float() / 255).split(100), 2)
+    assert all(torch.equal(weight, narrowed.state_dict()[name]) for name, weight in same.state_dict().items())
 
 
 def test_the_table_names_the_next_command(tmp_path, capsys):

@@ -5,6 +5,7 @@ import re
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 import iret
 from iret import cli
 from iret.measure.battery import Battery
-from iret.measure.energy import PowerMeter
+from iret.measure.energy import Counter, CounterMeter
 from iret.pilot import Pilot
 from iret.predict import predict as predict_one
 from iret.runtime.controller import Controller
@@ -177,10 +178,10 @@ def test_a_bundle_is_refused_with_what_runs_it(photo, capsys):
     assert re.fullmatch(r"iret: bundle is an exported bundle, .*`iret serve bundle`, and time it with .*\.\n", said)
 
 
-def metered(source: str, kind: str = "measured") -> None:
+def metered(source: str, kind: str = "measured", idle_watts: float = 2.0) -> None:
     """The model in m has joules of that source."""
     model = iret.load("m")
-    table = replace(model.points.devices[0], energy_source=source, energy_kind=kind, idle_watts=2.0)
+    table = replace(model.points.devices[0], energy_source=source, energy_kind=kind, idle_watts=idle_watts)
     model.points = model.points.with_device(table)
     model.save_pretrained(Path("m"))
 
@@ -189,26 +190,42 @@ BATTERY = ("--battery", "1", "--rate", "1", "--battery-wh", "5")
 
 
 def test_the_meter_of_the_table_is_read_while_images_come_and_let_go(photo, monkeypatch, capsys):
-    power, opened = [2.0], []
-    meter = PowerMeter("made up:0", "device", lambda: power[0], period_s=1.0, resolution_s=0.0, is_threaded=False)
+    """A counter that goes on by a joule each time it is read; at no idle power every window ends with its image."""
+    readings = count()
+    meter = CounterMeter("made up:0", "device", [Counter(read_j=lambda: float(next(readings)))], resolution_s=0.0)
+    opened, seen = [], []
     monkeypatch.setattr("iret.measure.sources.open_meter", lambda name: opened.append(name) or meter)
-    metered("made up:0")
-    seen = []
-    decide = Controller.decide
-    monkeypatch.setattr(
-        Controller, "decide", lambda self, reading, images: seen.append(reading.joules) or decide(self, reading, images)
-    )
-    power[0] = 2e4  # so that images stand out, however long they take here
-    assert predict(*[photo] * 6, *BATTERY, "--json") == 0
+    metered("made up:0", idle_watts=0.0)
+
+    class Listening(Controller):
+        def decide(self, reading, images=1):
+            seen.append(reading.joules)
+            return super().decide(reading, images)
+
+    monkeypatch.setattr("iret.pilot.Controller", Listening)
+    assert predict(*[photo] * 4, *BATTERY, "--json") == 0
     assert opened == ["made up:0"]
-    assert seen[0] is None
-    assert any(joules is not None and joules > 0 for joules in seen)
+    assert seen == [None, *[pytest.approx(1.0)] * 3]
     meter.start()  # no window was left open
     meter.cancel()
+    monkeypatch.setattr("iret.predict.predict", lambda *_, **__: sys.exit(7))
     with pytest.raises(SystemExit, match="7"):
-        monkeypatch.setattr("iret.predict.predict", lambda *_, **__: sys.exit(7))
         predict(photo, *BATTERY)
     meter.start()
+
+
+def test_what_a_device_draws_idle_is_not_charged_to_images(photo, monkeypatch):
+    given = []
+
+    class Noting(Pilot):
+        def __init__(self, menu, goal, **options):
+            given.append((menu.idle_watts, options["idle_watts"]))
+            super().__init__(menu, goal, battery=lambda: None, **options)
+
+    monkeypatch.setattr("iret.pilot.Pilot", Noting)
+    metered("rapl:package-77")
+    assert predict(photo, *BATTERY, "--idle-watts", "9") == 0
+    assert given == [(9.0, 2.0)]  # of the device, and of what the meter sees
 
 
 def test_a_meter_that_is_gone_is_said_and_the_answers_go_on(photo, capsys):

@@ -76,8 +76,8 @@ class Shape:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
         if not 0 < self.mlp_ratio < math.inf or any(self.mlp_ratio * dim % 1 for dim in self.embed_dims):
             raise ValueError(
-                f"mlp_ratio={self.mlp_ratio:g} must be above 0 and make MLPs of whole widths of embed_dims={self.embed_dims}; "
-                f"multiples of 1/{self.head_dim} do."
+                f"mlp_ratio={self.mlp_ratio:g} must be above 0 and make MLPs of whole widths of embed_dims={self.embed_dims}, "
+                "as 1 and 2 do."
             )
 
     def __hash__(self) -> int:

@@ -153,7 +153,8 @@ def do_narrow(args: argparse.Namespace) -> int:
             for threshold, row in rows.items()
         ],
     )
-    again = shlex.join(["iret", "calibrate", args.out, "--data", args.data])
+    column = ["--label-column", args.label_column] if args.label_column else []
+    again = shlex.join(["iret", "calibrate", args.out, "--data", args.data, *column])
     say(f"written: {out}; it has no operating points yet, which --budget needs: {again}")
     return 0
 
