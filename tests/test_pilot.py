@@ -205,6 +205,20 @@ def test_a_gauge_has_the_last_word_beside_a_meter_that_sees_a_part(percent):
     assert world.joules <= full
 
 
+def test_images_answered_beside_a_gauge_are_in_no_window():
+    """A gauge that comes and goes: what was seen while it was there is not charged to the images after."""
+    world, full = World(), 4000 * 0.2
+    meter = WorldMeter(world, resolution_s=0.35)
+
+    def gauge() -> Battery | None:
+        return battery(full - world.joules) if world.time_s % 1.0 < 0.5 else None
+
+    decisions = fly(world, meter, images=2000, every_s=0.1, battery_joules=full, gauge=gauge)
+    assert meter.windows
+    assert all(decision.budget == 1.0 for decision in decisions)
+    assert max(meter.windows) < 0.5
+
+
 @pytest.mark.parametrize("wobble", [0.0, 0.02])
 def test_a_wobble_of_the_idle_power_does_not_make_images_dear(wobble):
     """5 W idle, and windows whose net is over as often as under what the work took."""

@@ -51,15 +51,18 @@ class Pilot:
         """For the next images, from what the sensors say now and what was noted since the last call."""
         failed: list[str] = []
         battery = _ask(self._battery, failed) if self._goal.hours is not None else None
-        has_gauge = battery is not None and (battery.joules is not None or battery.percent is not None)
-        metered = None if self._meter is None else self._meter.read(self._answered * self._each, failed)
+        metered = None
+        if self._meter is not None and battery is None:
+            metered = self._meter.read(self._answered * self._each, failed)
+        elif self._meter is not None:
+            self._meter.close()  # a window with images that were not counted would be too dear
         decision = self._controller.decide(
             Reading(
                 time_s=self._clock(),
                 images=self._answered,
                 battery_joules=None if battery is None else battery.joules,
                 battery_share=None if battery is None or battery.percent is None else battery.percent / 100,
-                joules=None if has_gauge else metered,
+                joules=metered,
                 ms=1e3 * self._time_s / self._answered if self._answered else None,
                 celsius=_ask(self._thermometer, failed) if self._goal.max_celsius is not None else None,
             ),
