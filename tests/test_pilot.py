@@ -244,6 +244,14 @@ def test_images_too_rare_to_stand_out_are_never_read_off_the_meter():
     assert decisions == fly(World(idle_w=5.0), None, images=500, every_s=1.0, battery_joules=500 * (5 + 0.06))
 
 
+def test_work_is_what_the_menu_puts_at_the_budgets_served():
+    """0.02 J in 0.2 s beside 1 W are a tenth, and 0.1 J a half."""
+    for joules, is_read in ((0.0201, False), (0.2, True)):
+        meter = WorldMeter(World())
+        fly(meter.world, meter, images=100, every_s=0.2, battery_joules=100 * (0.2 + joules))
+        assert bool(meter.windows) == is_read
+
+
 def test_a_window_is_not_read_before_the_meter_can_be_trusted():
     world = World(idle_w=0.0)
     meter = WorldMeter(world, resolution_s=1.0)

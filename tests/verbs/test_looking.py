@@ -247,3 +247,10 @@ def test_only_a_battery_asks_for_the_meter(photo, monkeypatch):
     monkeypatch.setattr("iret.measure.sources.open_meter", lambda name: pytest.fail(f"{name} was opened"))
     metered("rapl:package-0")
     assert predict(photo, "--deadline", "100") == 0
+
+
+def test_reasons_that_differ_only_by_what_is_affordable_are_one_sentence(photo, capsys):
+    assert predict(*[photo] * 12, "--battery", "1", "--rate", "1", "--battery-wh", "0.02") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "J an image are affordable" in line]
+    assert len(said) == 1
+    assert re.match(r"1[12] of 12 images, battery: 0\.0\S+ to 0\.0\S+ J an image are affordable", said[0])

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -123,16 +124,22 @@ def _count_late(args: argparse.Namespace, predictions) -> list[str]:
     return [f"{late} of {len(predictions)} images took longer than --deadline {args.deadline:g}"]
 
 
+AFFORDABLE = re.compile(r"(?<=battery: )\S+(?= J an image)")  # in a reason, and other at every image
+
+
 def _explain_decisions(decisions) -> list[str]:
-    """A sentence for each reason that the controller gave, with its last doubts; nothing where none turned the dial."""
-    reasons: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = defaultdict(list)
+    """A sentence for each kind of reason that the controller gave, with its last doubts; nothing where none turned the dial."""
+    given = defaultdict(list)
     for decision in filter(None, decisions):
-        reasons[decision.reason, decision.broken].append(decision.doubts)
-    return [
-        f"{len(doubts)} of {len(decisions)} images, "
-        + "; ".join([reason, *(f"cannot hold: {goal}" for goal in broken), *doubts[-1]])
-        for (reason, broken), doubts in reasons.items()
-    ]
+        given[AFFORDABLE.sub("", decision.reason), decision.broken].append(decision)
+    lines = []
+    for (_, broken), alike in given.items():
+        reason = alike[-1].reason
+        if (first := alike[0].reason) != reason:  # they differ by what is affordable
+            reason = AFFORDABLE.sub(f"{AFFORDABLE.findall(first)[0]} to {AFFORDABLE.findall(reason)[0]}", reason)
+        said = [reason, *(f"cannot hold: {goal}" for goal in broken), *alike[-1].doubts]
+        lines.append(f"{len(alike)} of {len(decisions)} images, {'; '.join(said)}")
+    return lines
 
 
 def _start_pilot(args: argparse.Namespace, model):
