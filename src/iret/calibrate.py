@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from iret.clock import Say
-from iret.evaluate import check_classes
+from iret.evaluate import check_classes, points_unsure
 from iret.model import Iret
 from iret.output import Output
 from iret.runtime.cost import Shape, coefficients, full_macs, macs, plan_macs
@@ -186,8 +186,7 @@ def keep_clocks(found: OperatingPoints, before: OperatingPoints | None, device: 
 def explain_noise(points: OperatingPoints, shape: Shape) -> str:
     """How many there are, and how surely so many images tell what more like them would give: half of the widest 95 % interval."""
     images = points.num_images
-    rates = [(point.accuracy * images + 2) / (images + 4) for point in points.points]  # Agresti and Coull's interval
-    unsure = 196 * max((rate * (1 - rate) / (images + 4)) ** 0.5 for rate in rates)
+    unsure = points_unsure((point.accuracy for point in points.points), images)
     spread = 0.0  # of an image's MACs, as a share of their mean
     for point in points.points:
         spent = [plan_macs(shape, plan.kept, plan.refined, scored=not point.keeps_all) for plan in point.plans]

@@ -123,7 +123,7 @@ def do_evaluate(args: argparse.Namespace) -> int:
 
 
 def do_narrow(args: argparse.Namespace) -> int:
-    from iret.evaluate import check_classes
+    from iret.evaluate import check_classes, points_unsure
     from iret.narrow import narrow
     from iret.zoo import load
 
@@ -145,8 +145,7 @@ def do_narrow(args: argparse.Namespace) -> int:
         f"MLPs {model.shape.mlp_ratio:g} times as wide as their tokens, and now {args.mlp_ratio:g} times: {sizes[0]:.2f} and "
         f"{sizes[1]:.2f} million parameters"
     )
-    rates = [(rate * num_images + 2) / (num_images + 4) for row in rows.values() for rate in row["accuracy"]]
-    unsure = 196 * max(rate * (1 - rate) / (num_images + 4) for rate in rates) ** 0.5
+    unsure = points_unsure((rate for row in rows.values() for rate in row["accuracy"]), num_images)
     say(
         f"on {num_images} held-out images, which tell a top-1 to {unsure:.1f} points or better, and their "
         f"difference more surely; MACs as shares of the full run of {args.model}"
