@@ -81,6 +81,15 @@ def test_the_card_has_its_head_its_sections_and_only_lines_that_end(tmp_path):
     assert text.endswith("\n")
 
 
+def test_the_card_of_a_narrowed_model_says_so(tmp_path):
+    shape = replace(SHAPE, mlp_ratio=1.5)
+    text = write(Iret(shape, name="small").eval(), tmp_path)
+    assert (
+        f"{full_macs(shape):,} MACs at full budget, its MLPs 1.5 times as wide as their tokens in place of 4." in text
+    )
+    assert "MLPs" not in write(Iret(SHAPE, name="small").eval(), tmp_path)
+
+
 def test_no_more_images_than_asked_for_are_measured(tmp_path):
     assert "4 test images" in write(make_model(1.001, 0.2), tmp_path, max_images=4)
 

@@ -447,7 +447,15 @@ def test_a_goal_lets_the_controller_choose_and_says_why(tmp_path, capsys, monkey
     assert any("125 images a second at its slowest point and 500 at" in note for note in the_object(capsys)["notes"])
     idle = ["--battery-wh", "0.04", "--idle-watts", "0.02"]  # leaves as much
     assert cli.main([*line, "--battery", "1", "--rate", "1", *idle, "--json"]) == 0
-    assert all(each["macs_share"] < 0.5 for each in the_object(capsys)["predictions"])
+    found = the_object(capsys)
+    assert all(each["macs_share"] < 0.5 for each in found["predictions"])
+    assert not any("idle" in note for note in found["notes"])
+    idle = ["--battery-wh", "0.04", "--idle-watts", "0.05"]
+    assert cli.main([*line, "--battery", "1", "--rate", "1", *idle]) == 0
+    assert (
+        "--battery-wh 0.04 cannot last --battery 1 hours: the idle device alone (0.05 W) takes 0.05 Wh"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr("iret.pilot.read_battery", lambda: None)
     assert cli.main([*line, "--battery", "1", "--rate", "1", "--battery-wh", "1"]) == 0
     assert "the table's joules are estimates, and no gauge has confirmed them yet" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from iret.evaluate import Score, evaluate
 from iret.model import Iret
-from iret.runtime.cost import full_macs
+from iret.runtime.cost import Shape, full_macs
 from iret.runtime.points import BUDGETS, Setting
 from iret.train.checkpoint import FILE_NAME as STATE_NAME
 from iret.train.data import ImageData
@@ -43,7 +43,7 @@ def write_card(
     what = (
         f"`{model.name}` for {model.num_classes} classes of {data_name}: {model.shape.img_size[0]} x "
         f"{model.shape.img_size[1]} px, {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{full_macs(model.shape):,} MACs at full budget. {SIGNATURE}"
+        f"{full_macs(model.shape):,} MACs at full budget{_narrow(model)}. {SIGNATURE}"
     )
     control = (
         "The same number of patches in every image (top-k), chosen by attention or at random "
@@ -67,6 +67,12 @@ def write_card(
         [TERMS.get(data_name, "Not known to this package; ask whoever gave you the data.")],
     ]
     return "\n".join(header) + "\n" + "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def _narrow(model: Iret) -> str:
+    """That its MLPs are not as wide as those of its preset."""
+    ratio, usual = model.shape.mlp_ratio, Shape.mlp_ratio
+    return "" if ratio == usual else f", its MLPs {ratio:g} times as wide as their tokens in place of {usual}"
 
 
 def _compare_choices(model: Iret, data: ImageData, max_images: int | None) -> list[tuple[Score, list[Score]]]:

@@ -212,6 +212,8 @@ def test_ctrl_c_in_the_middle_of_a_step_resumes_to_the_losses_of_an_uninterrupte
     whole, broken = tmp_path / "whole", tmp_path / "bro ken"
     arguments = ["train", "--recipe", "tiny", "--data", data, "--device", "cpu", "--seed", "3", "--steps", "4"]
     assert cli.main([*arguments, "--out", str(whole)]) == 0
+    said = capsys.readouterr().err
+    assert "now its operating points are searched on held-out images" in said and "points on the course" in said
     clip = loop.Fabric.clip_gradients
 
     def interrupted(*args, **options):  # after the gradients are there and before they are used

@@ -65,6 +65,7 @@ def test_the_table_names_the_next_command(tmp_path, capsys):
     ("more", "message"),
     [
         (("--mlp-ratio", "4"), "takes no channel out"),
+        (("--mlp-ratio", "nan"), "--mlp-ratio nan must be above 0"),
         (("--mlp-ratio", "2", "--max-images", "0"), "--max-images 0 must be 1 or more"),
         (("--mlp-ratio", "2", "--max-images", "3"), "tokens tell too little"),
         (("--mlp-ratio", "2", "--threads", "0"), "--threads 0 must be 1 or more"),

@@ -255,7 +255,8 @@ class _Run:
             raise KeyboardInterrupt
         is_finished = self.progress.step >= self.num_steps
         if is_finished and is_first:
-            self.ema.points = calibrate(self.ema, self.held_out, data_name=name_of(self.options.data))
+            say("trained; now its operating points are searched on held-out images")
+            self.ema.points = calibrate(self.ema, self.held_out, data_name=name_of(self.options.data), say=say)
             self.ema.save_pretrained(out)
         return Report(is_finished, self.progress.step, self.num_steps, self.progress.time_s, self.progress.skipped)
 

@@ -11,6 +11,7 @@ from typing import Any
 from iret.arguments import read_thresholds
 from iret.verbs.console import (
     announce_hub,
+    check_above_zero,
     check_counts,
     check_device,
     check_folder,
@@ -131,6 +132,7 @@ def do_narrow(args: argparse.Namespace) -> int:
     check_unused(out)
     set_threads(args.threads)
     check_counts(args, "max_images")
+    check_above_zero(args, "mlp_ratio")
     model = load(args.model).to(check_device(args.device))
     data, held_out = (open_data(args, split, model) for split in ("train", "val"))
     check_classes(model, held_out)

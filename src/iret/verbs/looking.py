@@ -176,6 +176,11 @@ def _start_pilot(args: argparse.Namespace, model):
     device = describe_device(model.pos_embed.device, model.precision)
     menu, table = model.points.menu(device, args.idle_watts), model.points.table_of(device)
     notes = [] if args.rate is None else explain_rate(args.rate, device, menu.ms)
+    if args.battery is not None and args.battery_wh is not None and args.battery_wh <= args.battery * menu.idle_watts:
+        notes.append(
+            f"--battery-wh {args.battery_wh:g} cannot last --battery {args.battery:g} hours: the idle device alone "
+            f"({menu.idle_watts:g} W) takes {args.battery * menu.idle_watts:g} Wh"
+        )
     meter = None if args.battery is None else _open_meter_of(table, notes)
     return Pilot(menu, goal, meter=meter, idle_watts=table.idle_watts), notes
 
