@@ -427,6 +427,8 @@ def test_simulate_plays_a_day_on_the_clock_of_the_model(tmp_path, capsys):
     assert len([row for row in said.err.splitlines() if row.startswith(("controller", "fixed"))]) == 4
     assert f"drawn: {tmp_path / 'day.png'}" in said.err and "only energy is reckoned with" not in said.err
     assert (tmp_path / "day.png").stat().st_size > 1000
+    assert cli.main([*line[:2], "--hours", "0.01", "--rate", "300", "--json"]) == 0
+    assert re.search(r"--rate 300: .* images a second", the_object(capsys)["notes"][0])
     assert cli.main([*line[:2], "--hours", "0.01", "--rate", "300"]) == 0
     assert re.search(r"--rate 300: .* \d+ images a second at its slowest point and \d+ at", capsys.readouterr().err)
 

@@ -730,15 +730,17 @@ def test_a_run_takes_a_budget_as_a_call_does(budget):
 @pytest.mark.parametrize(
     ("given", "seen"),
     [
-        ({"thresholds": 0.5}, "thresholds=0.5 and rule='threshold'"),
-        ({"thresholds": 0.0}, "thresholds=0.0 and rule='threshold'"),
-        ({"rule": "topk"}, "thresholds=None and rule='topk'"),
+        ({"thresholds": 0.5}, "give one of budget, ms, joules and thresholds, not budget and thresholds"),
+        ({"thresholds": 0.0}, "give one of .*, not budget and thresholds"),
+        ({"ms": 3.0}, "give one of .*, not budget and ms"),
+        ({"joules": 3.0}, "give one of .*, not budget and joules"),
+        ({"rule": "topk"}, "rule='topk' reads thresholds as its own strengths; give them"),
     ],
 )
 def test_a_budget_beside_thresholds_or_another_rule_is_refused(given, seen):
     model = make_model()
     model.points = made_up_points(model)
-    with pytest.raises(ValueError, match=f"budget=0.5 brings its thresholds; leave out {seen}"):
+    with pytest.raises(ValueError, match=seen):
         model.run(make_images(), budget=0.5, **given)
 
 
@@ -782,6 +784,8 @@ def test_milliseconds_and_joules_are_looked_up_for_this_device():
     model.points = model.points.with_device(models.made_up_clock())
     assert torch.equal(model(images, ms=3.0), model(images, budget=0.375))
     assert torch.equal(model(images, joules=0.04), model(images, budget=0.5))
+    assert torch.equal(model.run(images, ms=3.0).logits, model.run(images, budget=0.375).logits)
+    assert torch.equal(model.run(images, joules=0.04).macs, model.run(images, budget=0.5).macs)
     with pytest.raises(ValueError, match="give one of budget, ms and joules"):
         model(images, budget=0.5, ms=3.0)
     with pytest.raises(ValueError, match="give one of ms and joules"):

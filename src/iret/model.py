@@ -31,7 +31,7 @@ from iret.lifting import Lifting, lifting_penalty
 from iret.output import Output, Record
 from iret.runtime.choice import Layout, choose, to_importance
 from iret.runtime.cost import Shape
-from iret.runtime.keep import read_exits, read_strengths
+from iret.runtime.keep import check_dials, read_exits, read_strengths
 from iret.runtime.points import Plan, Point
 from iret.runtime.timing import strengths_of
 from iret.selection import check_control, replace_importance, select, take_images
@@ -218,14 +218,16 @@ class Iret(Classifier):
         exit_confidence: object = None,
         *,
         budget: Budget | None = None,
+        ms: float | None = None,
+        joules: float | None = None,
         rule: str = "threshold",
         control: str = "attention",
         masked: bool = False,
     ) -> Output:
         """Look, choose, look again; each image on its own, whatever else is in the batch.
 
-        How much to look: `thresholds`, or a `budget` as `forward` takes it, whose exit confidence an `exit_confidence` replaces;
-        without either everything is kept.
+        How much to look: one of `thresholds`, and `budget`, `ms` and `joules` as `forward` takes them, whose exit confidence an
+        `exit_confidence` replaces; without any everything is kept.
 
         `thresholds`: times uniform attention; one number for all transitions, or one entry per transition, each a number
         or (keep, refine) with refine >= keep; or a tensor [B, transitions] or [B, transitions, 2]. Other keep rules read
@@ -243,11 +245,10 @@ class Iret(Classifier):
                 "this model has no classes to answer with; call forward_features, or reset_classifier(N) first."
             )
         check_control(control)
+        check_dials(rule, budget=budget, ms=ms, joules=joules, thresholds=thresholds)
+        if ms is not None or joules is not None:
+            budget = self.budget_for(ms=ms, joules=joules)
         if budget is not None:
-            if thresholds is not None or rule != "threshold":
-                raise ValueError(
-                    f"budget={budget} brings its thresholds; leave out thresholds={thresholds!r} and rule={rule!r}."
-                )
             thresholds, own = self._look_up(budget, len(images))
             exit_confidence = own if exit_confidence is None else exit_confidence
         thresholds = 0.0 if thresholds is None else thresholds

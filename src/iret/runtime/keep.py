@@ -73,6 +73,16 @@ def check_rule(rule: str) -> None:
         raise ValueError(f"rule={rule!r} is unknown; choose from {', '.join(RULES)}.")
 
 
+def check_dials(rule: str, **dials: object) -> None:
+    """Raises ValueError if more than one of `dials` is not None, or for a rule that is none or lacks its thresholds."""
+    check_rule(rule)
+    given = [name for name, value in dials.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"give one of {', '.join(list(dials)[:-1])} and {list(dials)[-1]}, not {' and '.join(given)}.")
+    if rule != "threshold" and dials["thresholds"] is None:
+        raise ValueError(f"rule={rule!r} reads thresholds as its own strengths; give them.")
+
+
 def read_strengths(value: object, batch: int, transitions: int, rule: str = "threshold") -> np.ndarray:
     """Strengths [B, transitions, 2] (keep, refine), float64, from what a user may write.
 

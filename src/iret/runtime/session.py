@@ -24,7 +24,7 @@ from iret.runtime.choice import Layout, choose, cut, to_importance
 from iret.runtime.controller import Decision
 from iret.runtime.cost import Shape, stage_macs
 from iret.runtime.engines import JOINERS, Graph, check_threads, load_graph, loading
-from iret.runtime.keep import check_rule, read_exits, read_strengths
+from iret.runtime.keep import check_dials, read_exits, read_strengths
 from iret.runtime.pace import Paces
 from iret.runtime.points import (
     DeviceTable,
@@ -167,13 +167,7 @@ class Session:
         Raises:
             ValueError: images that do not fit or hold NaN, settings that do not fit, a bundle that cannot do what is asked.
         """
-        check_rule(rule)
-        dials = {"budget": budget, "ms": ms, "joules": joules, "thresholds": thresholds}
-        given = [name for name, value in dials.items() if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"give one of budget, ms, joules and thresholds, not {' and '.join(given)}.")
-        if rule != "threshold" and thresholds is None:
-            raise ValueError(f"rule={rule!r} reads thresholds as its own strengths; give them.")
+        check_dials(rule, budget=budget, ms=ms, joules=joules, thresholds=thresholds)
         check_number("deadline_ms", deadline_ms)
         if deadline_ms is not None and not deadline_ms > 0:
             raise ValueError(f"deadline_ms={deadline_ms} must be above 0.")
@@ -185,7 +179,7 @@ class Session:
         x = self._read(images)
         if ms is not None or joules is not None:
             budget = self.budget_for(ms=ms, joules=joules)
-        if given or self._controller is None:
+        if budget is not None or thresholds is not None or self._controller is None:
             return self._answer(x, budget, thresholds, exit_confidence, until, rule)
         with self._in_turn:  # it is asked for so many images, and told of them, before it is asked again
             decision = self._controller.next(len(x))

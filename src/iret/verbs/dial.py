@@ -304,10 +304,11 @@ def do_simulate(args: argparse.Namespace) -> int:
     if args.show:
         draw(outcomes, Path(args.show), f"{args.model}: {args.hours:g} h, {args.arrivals} arrivals", args.max_celsius)
         say(f"drawn: {args.show}")
+    notes = explain_rate(args.rate, table.device, menu.ms)
     if args.json:
         rows = [{name: value for name, value in asdict(outcome).items() if name != "series"} for outcome in outcomes]
         found = {"model": args.model, "device": table.device, "arrivals": day.arrivals, "battery_j": day.battery_joules}
-        print(json.dumps({**found, "battery_is_given": args.battery_wh is not None, "outcomes": rows}))
+        print(json.dumps({**found, "battery_is_given": args.battery_wh is not None, "outcomes": rows, "notes": notes}))
         return 0
     say(_explain_battery(args, day.battery_joules, menu.idle_watts))
     stated = 3600 * args.hours * args.rate
@@ -316,7 +317,7 @@ def do_simulate(args: argparse.Namespace) -> int:
     if args.clock is None and table.device != _here():
         say(f"there is no clock of {_here()}; {_remedy(args.model, '--device-only')} measures it")
     say("a fixed budget is one operating point for every image")
-    for note in explain_rate(args.rate, table.device, menu.ms):
+    for note in notes:
         say(note)
     _print_outcomes(outcomes)
     say(_sum_up(outcomes[0], best_of(outcomes[1:])))
