@@ -87,7 +87,8 @@ def test_the_card_of_a_narrowed_model_says_so(tmp_path):
     assert (
         f"{full_macs(shape):,} MACs at full budget, its MLPs 1.5 times as wide as their tokens in place of 4." in text
     )
-    assert "MLPs" not in write(Iret(SHAPE, name="small").eval(), tmp_path)
+    for ratio in (4, 6):
+        assert "MLPs" not in write(Iret(replace(SHAPE, mlp_ratio=ratio), name="small").eval(), tmp_path)
 
 
 def test_no_more_images_than_asked_for_are_measured(tmp_path):

@@ -734,7 +734,7 @@ def test_a_run_takes_a_budget_as_a_call_does(budget):
         ({"thresholds": 0.0}, "give one of .*, not budget and thresholds"),
         ({"ms": 3.0}, "give one of .*, not budget and ms"),
         ({"joules": 3.0}, "give one of .*, not budget and joules"),
-        ({"rule": "topk"}, "rule='topk' reads thresholds as its own strengths; give them"),
+        ({"rule": "topk"}, "rule='topk' reads thresholds as its own strengths; give them in place of budget"),
     ],
 )
 def test_a_budget_beside_thresholds_or_another_rule_is_refused(given, seen):

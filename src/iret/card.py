@@ -70,9 +70,9 @@ def write_card(
 
 
 def _narrow(model: Iret) -> str:
-    """That its MLPs are not as wide as those of its preset."""
+    """That its MLPs are narrower than those of the presets."""
     ratio, usual = model.shape.mlp_ratio, Shape.mlp_ratio
-    return "" if ratio == usual else f", its MLPs {ratio:g} times as wide as their tokens in place of {usual}"
+    return "" if ratio >= usual else f", its MLPs {ratio:g} times as wide as their tokens in place of {usual}"
 
 
 def _compare_choices(model: Iret, data: ImageData, max_images: int | None) -> list[tuple[Score, list[Score]]]:

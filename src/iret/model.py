@@ -226,8 +226,8 @@ class Iret(Classifier):
     ) -> Output:
         """Look, choose, look again; each image on its own, whatever else is in the batch.
 
-        How much to look: one of `thresholds`, and `budget`, `ms` and `joules` as `forward` takes them, whose exit confidence an
-        `exit_confidence` replaces; without any everything is kept.
+        How much to look, one of them: `thresholds`; `budget`, `ms` or `joules` as in `forward`, whose exit confidence an
+        `exit_confidence` replaces. Without any nothing is dropped.
 
         `thresholds`: times uniform attention; one number for all transitions, or one entry per transition, each a number
         or (keep, refine) with refine >= keep; or a tensor [B, transitions] or [B, transitions, 2]. Other keep rules read
@@ -237,7 +237,8 @@ class Iret(Classifier):
         well but lets nobody see them: the same answer, static sizes.
 
         Raises:
-            ValueError: images that do not fit or hold NaN, thresholds that do not fit, a budget that cannot be had.
+            ValueError: images that do not fit or hold NaN, thresholds that do not fit or that a `rule` lacks, a budget that
+                cannot be had, or two ways of saying how much.
         """
         self.check_images(images)
         if not self.num_classes:

@@ -1,10 +1,13 @@
 """The keep rules by hand, what holds for all of them, and every form in which thresholds may be written."""
 
+import itertools
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from iret.runtime.keep import RULES, check_rule, keep, keep_best, read_strengths
+from iret.runtime.keep import RULES, check_dials, check_rule, keep, keep_best, read_strengths
 
 DEAD = -np.inf
 
@@ -159,6 +162,29 @@ def test_an_unknown_rule_lists_the_known_ones():
         check_rule("best")
     with pytest.raises(ValueError, match="rule='best'"):
         keep(np.ones((1, 4)), np.zeros(1), "best")
+
+
+NONE = {"budget": None, "ms": None, "joules": None, "thresholds": None}
+
+
+@pytest.mark.parametrize("rule", ["mass", "topk"])
+@pytest.mark.parametrize(
+    ("asked", "ending"),
+    [({}, "give them."), *(({name: 0.5}, f"give them in place of {name}.") for name in ("budget", "ms", "joules"))],
+)
+def test_other_rules_want_their_thresholds(rule, asked, ending):
+    with pytest.raises(ValueError, match=f"rule='{rule}' reads thresholds as its own strengths; {re.escape(ending)}$"):
+        check_dials(rule, **NONE | asked)
+    check_dials(rule, **NONE | {"thresholds": 0.0})
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(NONE, 2)))
+def test_one_dial_is_turned_at_a_time(pair):
+    with pytest.raises(ValueError, match=f"thresholds, not {pair[0]} and {pair[1]}"):
+        check_dials("threshold", **NONE | dict.fromkeys(pair, 0.5))
+    for name in pair:
+        check_dials("threshold", **NONE | {name: 0.5})
+    check_dials("threshold", **NONE)
 
 
 # ---- how thresholds may be written

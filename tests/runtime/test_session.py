@@ -526,7 +526,8 @@ def test_a_controller_is_asked_before_a_call_and_told_after_it(tmp_path):
     assert out.decision.reason == "made up"
     assert out.budget.tolist() == [0.4, 0.4]
     assert (out.trace.kept == session(make_images(0.3, 0.3), 0.4).trace.kept).all()
-    assert len(notebook.heard) == 2  # a call with a budget of its own goes past it
+    assert session(make_images(0.3), thresholds=1.0).decision is None
+    assert len(notebook.heard) == 2  # a call with a budget or thresholds of its own goes past it
 
 
 def test_a_call_that_fails_is_not_noted_and_the_next_one_is_asked_for_again(tmp_path):

@@ -222,7 +222,6 @@ def test_ctrl_c_in_the_middle_of_a_step_resumes_to_the_losses_of_an_uninterrupte
         return clip(*args, **options)
 
     monkeypatch.setattr(loop.Fabric, "clip_gradients", interrupted)
-    capsys.readouterr()
     assert cli.main([*arguments, "--out", str(broken)]) == 130
     said = capsys.readouterr().err
     assert len(losses(broken)) == 2

@@ -228,6 +228,15 @@ def test_what_a_device_draws_idle_is_not_charged_to_images(photo, monkeypatch):
     assert given == [(9.0, 2.0)]  # of the device, and of what the meter sees
 
 
+@pytest.mark.parametrize(("watt_hours", "is_said"), [("0.04", True), ("0.05", True), ("0.06", False)])
+@pytest.mark.parametrize("words", [("--idle-watts", "0.05"), ()])  # as given, and as the table has it
+def test_a_battery_that_the_idle_device_empties_is_named(photo, capsys, watt_hours, is_said, words):
+    metered("battery:BAT0", idle_watts=3.0 if words else 0.05)
+    assert predict(photo, "--battery", "1", "--rate", "0.001", "--battery-wh", watt_hours, *words) == 0
+    said = f"--battery-wh {watt_hours} cannot last --battery 1 hours: the idle device alone (0.05 W) takes 0.05 Wh"
+    assert (said in capsys.readouterr().err) == is_said
+
+
 def test_a_meter_that_is_gone_is_said_and_the_answers_go_on(photo, capsys):
     metered("rapl:package-77")
     assert predict(photo, *BATTERY) == 0

@@ -73,14 +73,17 @@ def check_rule(rule: str) -> None:
         raise ValueError(f"rule={rule!r} is unknown; choose from {', '.join(RULES)}.")
 
 
-def check_dials(rule: str, **dials: object) -> None:
-    """Raises ValueError if more than one of `dials` is not None, or for a rule that is none or lacks its thresholds."""
+def check_dials(rule: str, *, budget: object, ms: object, joules: object, thresholds: object) -> None:
+    """Raises ValueError if more than one of the dials is not None, or for a rule that is none or lacks its thresholds."""
     check_rule(rule)
+    dials = {"budget": budget, "ms": ms, "joules": joules, "thresholds": thresholds}
     given = [name for name, value in dials.items() if value is not None]
     if len(given) > 1:
-        raise ValueError(f"give one of {', '.join(list(dials)[:-1])} and {list(dials)[-1]}, not {' and '.join(given)}.")
-    if rule != "threshold" and dials["thresholds"] is None:
-        raise ValueError(f"rule={rule!r} reads thresholds as its own strengths; give them.")
+        raise ValueError(f"give one of budget, ms, joules and thresholds, not {' and '.join(given)}.")
+    if rule != "threshold" and thresholds is None:
+        raise ValueError(
+            f"rule={rule!r} reads thresholds as its own strengths; give them{''.join(f' in place of {name}' for name in given)}."
+        )
 
 
 def read_strengths(value: object, batch: int, transitions: int, rule: str = "threshold") -> np.ndarray:

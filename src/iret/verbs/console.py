@@ -74,7 +74,7 @@ def check_above_zero(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value:g} must be above 0.")
+            raise ValueError(f"--{name.replace('_', '-')} {value:g} must be above 0 and finite.")
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:

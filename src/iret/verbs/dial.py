@@ -305,6 +305,8 @@ def do_simulate(args: argparse.Namespace) -> int:
         draw(outcomes, Path(args.show), f"{args.model}: {args.hours:g} h, {args.arrivals} arrivals", args.max_celsius)
         say(f"drawn: {args.show}")
     notes = explain_rate(args.rate, table.device, menu.ms)
+    if args.clock is None and table.device != _here():
+        notes.insert(0, f"there is no clock of {_here()}; {_remedy(args.model, '--device-only')} measures it")
     if args.json:
         rows = [{name: value for name, value in asdict(outcome).items() if name != "series"} for outcome in outcomes]
         found = {"model": args.model, "device": table.device, "arrivals": day.arrivals, "battery_j": day.battery_joules}
@@ -314,8 +316,6 @@ def do_simulate(args: argparse.Namespace) -> int:
     stated = 3600 * args.hours * args.rate
     say(f"{args.arrivals} arrivals: {outcomes[0].images} images come, of {stated:.0f} stated (--arrivals, --busy)")
     say(f"costs of {table.device}; {_explain_joules(table)}; right answers are expected from held-out accuracy")
-    if args.clock is None and table.device != _here():
-        say(f"there is no clock of {_here()}; {_remedy(args.model, '--device-only')} measures it")
     say("a fixed budget is one operating point for every image")
     for note in notes:
         say(note)

@@ -176,7 +176,7 @@ def _start_pilot(args: argparse.Namespace, model):
     device = describe_device(model.pos_embed.device, model.precision)
     menu, table = model.points.menu(device, args.idle_watts), model.points.table_of(device)
     notes = [] if args.rate is None else explain_rate(args.rate, device, menu.ms)
-    if args.battery is not None and args.battery_wh is not None and args.battery_wh <= args.battery * menu.idle_watts:
+    if args.battery_wh is not None and args.battery_wh <= args.battery * menu.idle_watts:
         notes.append(
             f"--battery-wh {args.battery_wh:g} cannot last --battery {args.battery:g} hours: the idle device alone "
             f"({menu.idle_watts:g} W) takes {args.battery * menu.idle_watts:g} Wh"
