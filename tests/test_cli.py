@@ -430,7 +430,9 @@ def test_simulate_plays_a_day_on_the_clock_of_the_model(tmp_path, capsys):
     assert f"drawn: {tmp_path / 'day.png'}" in said.err and "only energy is reckoned with" not in said.err
     assert (tmp_path / "day.png").stat().st_size > 1000
     assert cli.main([*line[:2], "--hours", "0.01", "--rate", "300", "--json"]) == 0
-    assert re.search(r"--rate 300: .* images a second", the_object(capsys)["notes"][0])
+    found = the_object(capsys)
+    assert re.search(r"--rate 300: .* images a second", found["notes"][0])
+    assert (found["energy_source"], found["energy_kind"], found["idle_watts"]) == ("made up", "estimated", 0.0)
     assert cli.main([*line[:2], "--hours", "0.01", "--rate", "300"]) == 0
     assert re.search(r"--rate 300: .* \d+ images a second at its slowest point and \d+ at", capsys.readouterr().err)
 

@@ -50,7 +50,12 @@ def write_card(
         f"({NUM_SEEDS} seeds, mean and range):"
     )
     measured = f"{scores[0].num_images} {data.split} images, all rows from these weights; "
-    measured += "thresholds found on " + ("other images." if data.split == "test" else "the same images, so no test.")
+    if model.points is None:
+        measured += "no operating points were found yet (`iret calibrate`), so there is one budget."
+    else:
+        measured += "thresholds found on " + (
+            "other images." if data.split == "test" else "the same images, so no test."
+        )
     parts = [
         [f"# {title}"],
         [what],

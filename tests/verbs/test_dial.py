@@ -150,7 +150,7 @@ def day(capsys, *words: str) -> str:
 def test_a_day_says_whose_battery_it_is_what_idles_away_and_what_comes(capsys):
     said = day(capsys, "--idle-watts", "1")
     assert re.search(
-        r"a battery of 1 Wh, chosen halfway between .* \(--battery-wh\); 1 Wh .* idle device \(1 W\)", said
+        r"a battery of 1 Wh, chosen halfway between .* \(--battery-wh\); the idle device takes 1 Wh \(1 W\)", said
     )
     assert "office arrivals: 324 images come, of 360 stated (--arrivals, --busy)" in said
     rows = [row.split() for row in said.splitlines() if row.startswith(("policy", "controller", "fixed"))]
@@ -195,6 +195,7 @@ def test_a_day_ends_with_who_did_best_of_all_that_keep_the_goal(capsys):
     assert right[found[1]] == int(found[2]) == max(right.values())
     said = day(capsys, "--idle-watts", "1", "--battery-wh", "0.5")
     assert re.search(r"the controller dies after 0\.\d h, \d+ right; no fixed budget keeps the goal\n$", said)
+    assert "--battery-wh 0.5 cannot last 1 hours: the idle device alone (1 W) takes 1 Wh\n" in said
 
 
 def test_a_day_at_the_costs_of_another_machine_says_so(capsys, monkeypatch):
@@ -225,6 +226,7 @@ def test_a_cap_is_a_goal_too(capsys):
         ("--max-celsius -4", "--max-celsius -4 must be above 0"),
         ("--busy 2", "--busy 2 is above 1"),
         ("--idle-watts -1", "--idle-watts -1 must be 0 or more"),
+        ("--seed -1", "--seed -1 must be 0 or more"),
     ],
 )
 def test_a_day_that_cannot_be_is_refused_in_the_words_that_were_typed(capsys, words, message):

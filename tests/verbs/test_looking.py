@@ -137,7 +137,10 @@ def test_an_exit_confidence_that_changes_the_operating_point_is_said(photo, caps
 def test_what_milliseconds_and_joules_buy_is_said(photo, capsys, words, budget):
     said = f"{words}: {budget:.0%} of the MACs, with which {budget:.1%} of held-out images are right; a mean of many images"
     assert predict(photo, *words.split()) == 0
-    assert said in capsys.readouterr().err
+    heard = capsys.readouterr().err
+    assert said in heard
+    assert ("--deadline" in heard) == ("--ms" in words)
+    assert ("\njoules estimated by made up: all of it\n" in heard) == ("--joules" in words)
     assert predict(photo, *words.split(), "--json") == 0
     assert json.loads(capsys.readouterr().out)["notes"][0].startswith(said)
 
@@ -233,7 +236,7 @@ def test_what_a_device_draws_idle_is_not_charged_to_images(photo, monkeypatch):
 def test_a_battery_that_the_idle_device_empties_is_named(photo, capsys, watt_hours, is_said, words):
     metered("battery:BAT0", idle_watts=3.0 if words else 0.05)
     assert predict(photo, "--battery", "1", "--rate", "0.001", "--battery-wh", watt_hours, *words) == 0
-    said = f"--battery-wh {watt_hours} cannot last --battery 1 hours: the idle device alone (0.05 W) takes 0.05 Wh"
+    said = f"--battery-wh {watt_hours} cannot last 1 hours: the idle device alone (0.05 W) takes 0.05 Wh"
     assert (said in capsys.readouterr().err) == is_said
 
 

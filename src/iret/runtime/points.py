@@ -26,7 +26,8 @@ BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25)  # that cards, `iret eval` and the demo s
 MAX_SETTINGS = 1024  # remembered by one table
 PRECISIONS = ("float32", "float32-onednn", "bfloat16", "int8")  # what a device can be measured in: `iret.precision`
 MEASURE_MODEL = (
-    "`iret calibrate MODEL --device-only` and the same --threads and --precision, with --out FOLDER for a shipped model"
+    "`iret calibrate MODEL --device-only` and the same --threads (in Python `torch.set_num_threads`) and --precision, "
+    "with --out FOLDER for a shipped model"
 )
 CLIFF_SHARE, CLIFF_STEP = 0.1, 0.02  # so much of the full MACs on so little of the threshold is a cliff
 

@@ -116,6 +116,20 @@ def explain_rate(rate: float, device: str, ms: Sequence[float] | None) -> list[s
     ]
 
 
+def explain_idle(battery_wh: float | None, hours: float | None, idle_watts: float) -> list[str]:
+    """A sentence where a battery that was given is all used up by the idle device."""
+    if battery_wh is None or hours is None or battery_wh > hours * idle_watts:
+        return []
+    taken = f"({idle_watts:g} W) takes {hours * idle_watts:g} Wh"
+    return [f"--battery-wh {battery_wh:g} cannot last {hours:g} hours: the idle device alone {taken}"]
+
+
+def explain_joules(found) -> str:
+    """What the joules of a DeviceTable or of a Row of `bench` are."""
+    idle = f", above {found.idle_watts:.3g} W idle" if found.energy_kind == "measured" else ""
+    return f"joules {found.energy_kind} by {found.energy_source}: {found.energy_scope}{idle}"
+
+
 def set_threads(count: int | None) -> None:
     """Raises ValueError unless `count` is None (torch decides) or 1 to the processors that this process may use."""
     import torch

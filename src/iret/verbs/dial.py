@@ -17,6 +17,8 @@ from iret.verbs.console import (
     check_picture,
     check_unused,
     choose_meter,
+    explain_idle,
+    explain_joules,
     explain_rate,
     fail,
     measure_bundle,
@@ -182,14 +184,8 @@ def _find_points(args: argparse.Namespace, model, folder: Path, there):
     return keep_clocks(points, before, describe_device(model.pos_embed.device, model.precision), say)
 
 
-def _explain_joules(found) -> str:
-    """What the joules of a DeviceTable or of a Row of `bench` are."""
-    idle = f", above {found.idle_watts:.3g} W idle" if found.energy_kind == "measured" else ""
-    return f"joules {found.energy_kind} by {found.energy_source}: {found.energy_scope}{idle}"
-
-
 def _print_points(points, table) -> None:
-    say(f"ms and joules an image at batch 1 on {table.device}; {_explain_joules(table)}")
+    say(f"ms and joules an image at batch 1 on {table.device}; {explain_joules(table)}")
     if not table.device.endswith(", float32"):
         say("top-1 is that of float32, in which the points were searched; `iret eval` measures this format's")
     print_table(
@@ -273,7 +269,7 @@ def _print_rows(rows) -> None:
         ],
     )
     say(
-        f"{_explain_joules(rows[0])}; images/s and times faster by the mean of all rounds; share: times faster, over the MACs of "
+        f"{explain_joules(rows[0])}; images/s and times faster by the mean of all rounds; share: times faster, over the MACs of "
         "the full run / MACs"
     )
 
@@ -284,6 +280,8 @@ def do_simulate(args: argparse.Namespace) -> int:
     check_picture(args.show)
     check_above_zero(args, "hours", "rate", "battery_wh", "busy", "max_celsius", "kelvin_per_watt")
     check_idle_watts(args.idle_watts)
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} must be 0 or more.")
     if args.busy > 1:
         raise ValueError(f"--busy {args.busy:g} is above 1; it is the share of the stated images that come.")
     points, table = _clocked(args)
@@ -304,18 +302,19 @@ def do_simulate(args: argparse.Namespace) -> int:
     if args.show:
         draw(outcomes, Path(args.show), f"{args.model}: {args.hours:g} h, {args.arrivals} arrivals", args.max_celsius)
         say(f"drawn: {args.show}")
-    notes = explain_rate(args.rate, table.device, menu.ms)
+    notes = explain_rate(args.rate, table.device, menu.ms) + explain_idle(args.battery_wh, args.hours, menu.idle_watts)
     if args.clock is None and table.device != _here():
         notes.insert(0, f"there is no clock of {_here()}; {_remedy(args.model, '--device-only')} measures it")
     if args.json:
         rows = [{name: value for name, value in asdict(outcome).items() if name != "series"} for outcome in outcomes]
         found = {"model": args.model, "device": table.device, "arrivals": day.arrivals, "battery_j": day.battery_joules}
+        found |= {"energy_source": table.energy_source, "energy_kind": table.energy_kind, "idle_watts": menu.idle_watts}
         print(json.dumps({**found, "battery_is_given": args.battery_wh is not None, "outcomes": rows, "notes": notes}))
         return 0
     say(_explain_battery(args, day.battery_joules, menu.idle_watts))
     stated = 3600 * args.hours * args.rate
     say(f"{args.arrivals} arrivals: {outcomes[0].images} images come, of {stated:.0f} stated (--arrivals, --busy)")
-    say(f"costs of {table.device}; {_explain_joules(table)}; right answers are expected from held-out accuracy")
+    say(f"costs of {table.device}; {explain_joules(table)}; right answers are expected from held-out accuracy")
     say("a fixed budget is one operating point for every image")
     for note in notes:
         say(note)
@@ -360,7 +359,7 @@ def _explain_battery(args: argparse.Namespace, joules: float, idle_watts: float)
     if args.battery_wh is None:
         said += ", chosen halfway between what the day takes at the cheapest and at the dearest point (--battery-wh)"
     idle_wh = args.hours * idle_watts
-    return said + (f"; {idle_wh:.3g} Wh of it go to the idle device ({idle_watts:g} W)" if idle_wh else "")
+    return said + (f"; the idle device takes {idle_wh:.3g} Wh ({idle_watts:g} W) in the day" if idle_wh else "")
 
 
 def _clocked(args: argparse.Namespace):

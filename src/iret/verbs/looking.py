@@ -14,6 +14,8 @@ from iret.verbs.console import (
     check_device,
     check_idle_watts,
     check_picture,
+    explain_idle,
+    explain_joules,
     explain_rate,
     fail,
     print_table,
@@ -82,6 +84,7 @@ def do_predict(args: argparse.Namespace) -> int:
 
 def _read_setting(args: argparse.Namespace, model):
     """What --budget, --ms, --joules or --threshold ask for, and sentences on what was chosen for milliseconds or joules."""
+    from iret.doctor import describe_device
     from iret.runtime.points import Setting
 
     chosen: list[str] = []
@@ -93,8 +96,11 @@ def _read_setting(args: argparse.Namespace, model):
         asked = f"--joules {args.joules:g}" if args.ms is None else f"--ms {args.ms:g}"
         chosen.append(
             f"{asked}: {budget:.0%} of the MACs, with which {accuracy:.1%} of held-out images are right; a mean of many images, "
-            "which a single one may exceed (--deadline keeps 95 of 100)"
+            "which a single one may exceed" + (" (--deadline keeps 95 of 100)" if args.joules is None else "")
         )
+        if args.joules is not None:
+            device = describe_device(model.pos_embed.device, model.precision)
+            chosen.append(explain_joules(model.points.table_of(device)))
     else:
         setting = model.setting(1.0 if args.budget is None else args.budget)
     return _leave_early(args, setting), chosen
@@ -176,11 +182,7 @@ def _start_pilot(args: argparse.Namespace, model):
     device = describe_device(model.pos_embed.device, model.precision)
     menu, table = model.points.menu(device, args.idle_watts), model.points.table_of(device)
     notes = [] if args.rate is None else explain_rate(args.rate, device, menu.ms)
-    if args.battery_wh is not None and args.battery_wh <= args.battery * menu.idle_watts:
-        notes.append(
-            f"--battery-wh {args.battery_wh:g} cannot last --battery {args.battery:g} hours: the idle device alone "
-            f"({menu.idle_watts:g} W) takes {args.battery * menu.idle_watts:g} Wh"
-        )
+    notes += explain_idle(args.battery_wh, args.battery, menu.idle_watts)
     meter = None if args.battery is None else _open_meter_of(table, notes)
     return Pilot(menu, goal, meter=meter, idle_watts=table.idle_watts), notes
 
